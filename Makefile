@@ -1,0 +1,39 @@
+# Everything from a bare Debian 12 machine with Python 3.11: each target does its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+EXPORTS := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: setup run test test-slow lint bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash setup.sh
+	@touch $(STAMP)
+
+run: $(STAMP)  ## the main job on the embedded bench rig: fit, table, tune, report
+	$(EXPORTS) $(BIN)/python examples/bench_rig.py
+
+test: $(STAMP)
+	$(EXPORTS) $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+
+test-slow: $(STAMP)
+	$(EXPORTS) $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target build/installed .
+	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p sim2real
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt ".[bench]"
+	for file in real_logs closed_loop sensitivity; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+
+docs: $(STAMP)
+	$(EXPORTS) $(BIN)/python -m sphinx -W -b html docs docs/_build
+
+clean:
+	rm -rf build dist *.egg-info docs/_build docs/gallery docs/api/generated

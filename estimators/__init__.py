@@ -1,0 +1,1 @@
+"""Estimators: gradients of returns and sensitivities of policies."""

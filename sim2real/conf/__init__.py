@@ -1,0 +1,1 @@
+"""Configuration of the `sim2real` command: plain dataclasses, composed by Hydra."""

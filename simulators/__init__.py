@@ -1,0 +1,1 @@
+"""Simulators: one system each, one function returning a `ModelMDP`."""

@@ -1,0 +1,1 @@
+"""Solvers: linear systems, implicit derivatives, optima, least squares."""

@@ -5,7 +5,8 @@ PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 left_out() { echo "setup: left out: $*"; }
 
-if [ ! -e /usr/include/suitesparse/cholmod.h ] || [ ! -e /usr/include/python3.11/Python.h ] || ! command -v gcc >/dev/null; then
+can_build() { "$PYTHON" -c 'import ensurepip, pathlib, sysconfig as s; assert pathlib.Path(s.get_path("include"), "Python.h").exists()' 2>/dev/null; }
+if [ ! -e /usr/include/suitesparse/cholmod.h ] || ! command -v gcc >/dev/null || ! can_build; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         { apt-get update -q && apt-get install -y -q --no-install-recommends libsuitesparse-dev gcc python3-dev python3-venv; } >/dev/null ||
             left_out "system packages (apt-get failed)"

@@ -1,1 +1,18 @@
 """Simulators: one system each, one function returning a `ModelMDP`."""
+
+from sim2real.simulators.building_rc import building_rc
+from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
+from sim2real.simulators.integrate import Integrator, integrate_first_order, integrate_second_order
+from sim2real.simulators.pendulum import pendulum, pendulum_energy
+
+__all__ = [
+    "Integrator",
+    "base_parameters",
+    "building_rc",
+    "double_pendulum",
+    "double_pendulum_energy",
+    "integrate_first_order",
+    "integrate_second_order",
+    "pendulum",
+    "pendulum_energy",
+]

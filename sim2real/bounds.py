@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +15,15 @@ from sim2real.params import Params
 class Box:
     """`low[k] <= theta[k] <= high[k]`; a key absent from `low` or `high` is unbounded on that side.
 
-    `unit[k]` is the SI unit, `default[k]` the design value a simulator starts from.
+    `unit[k]` is the SI unit, `default[k]` the design value a simulator starts from
+    (a tensor where the parameter is one).
     Raises `ValueError` when a lower bound is not below its upper bound, or a bound is NaN.
     """
 
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)
     unit: dict[str, str] = field(default_factory=dict)
-    default: dict[str, float] = field(default_factory=dict)
+    default: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in self.low.keys() & self.high.keys():
@@ -29,13 +31,15 @@ class Box:
                 raise ValueError(f"bounds of '{key}': low = {self.low[key]} must be below high = {self.high[key]}")
         for side in (self.low, self.high, self.default):
             for key, value in side.items():
-                if value != value:
+                if bool(torch.as_tensor(value, dtype=torch.float64).isnan().any()):
                     raise ValueError(f"a bound or default of '{key}' is NaN")
 
 
 def default_params(box: Box, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Params:
-    """The design values of a box as scalar tensors."""
-    return {key: torch.tensor(value, dtype=dtype, device=device) for key, value in box.default.items()}
+    """The design values of a box as new tensors: scalars, or of the shape of the design value."""
+    return {
+        key: torch.as_tensor(value, dtype=dtype, device=device).detach().clone() for key, value in box.default.items()
+    }
 
 
 def _limits(box: Box, key: str, value: Tensor) -> tuple[float, float]:

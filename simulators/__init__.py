@@ -1,18 +1,24 @@
 """Simulators: one system each, one function returning a `ModelMDP`."""
 
 from sim2real.simulators.building_rc import building_rc
+from sim2real.simulators.cartpole import cartpole, cartpole_energy
 from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
 from sim2real.simulators.integrate import Integrator, integrate_first_order, integrate_second_order
+from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
 
 __all__ = [
     "Integrator",
     "base_parameters",
     "building_rc",
+    "cartpole",
+    "cartpole_energy",
     "double_pendulum",
     "double_pendulum_energy",
     "integrate_first_order",
     "integrate_second_order",
+    "linear_gaussian",
+    "multiplicative_noise_lqr",
     "pendulum",
     "pendulum_energy",
 ]

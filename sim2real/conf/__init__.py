@@ -1,1 +1,254 @@
-"""Configuration of the `sim2real` command: plain dataclasses, composed by Hydra."""
+"""Configuration of the `sim2real` command: plain dataclasses, each key with its unit and meaning.
+
+They mirror the settings dataclasses of the library (a test keeps the defaults equal) in the types that Hydra composes:
+lists for tuples, strings for literals. Only this package and `cli.py` know Hydra.
+"""
+# ruff: noqa: RUF009 (`key` makes a new default each time)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+_INF = float("inf")
+
+
+def key(
+    default: Any, unit: str, text: str, *, choices: tuple[str, ...] = (), path: bool = False, group: str = ""
+) -> Any:
+    """A dataclass field with the unit and the sentence that `--help` shows."""
+    metadata = {"unit": unit, "help": text, "choices": choices, "path": path, "group": group}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PendulumModel:
+    """Torque-driven pendulum with viscous and Coulomb friction."""
+
+    _target_: str = "sim2real.simulators.pendulum"
+    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
+    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
+    substeps: int = key(1, "", "integration steps per time step")
+    discount: float = key(1.0, "1/step", "in-sim discount")
+    initial_angle: float = key(0.0, "rad", "start angle of in-sim rollouts; 0 hangs, 3.1416 is upright")
+    initial_std: float = key(0.05, "rad, rad/s", "standard deviation of the start state of in-sim rollouts")
+
+
+@dataclass
+class DoublePendulumModel:
+    """Two-link pendulum through gears (9 base parameters, or masses, lengths and inertias)."""
+
+    _target_: str = "sim2real.simulators.double_pendulum"
+    parameters: str = key("base", "", "parameter set", choices=("base", "physical"))
+    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
+    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
+    substeps: int = key(1, "", "integration steps per time step")
+    discount: float = key(1.0, "1/step", "in-sim discount")
+    initial_std: float = key(0.05, "rad, rad/s", "standard deviation of the start state of in-sim rollouts")
+
+
+@dataclass
+class BuildingModel:
+    """Grey-box house: 1R1C, 2R2C or 3R3C network of air, envelope and heater temperatures."""
+
+    _target_: str = "sim2real.simulators.building_rc"
+    order: int = key(3, "", "number of temperatures, 1 to 3")
+    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
+    integrator: str = key("exact", "", "time stepping", choices=("exact", "midpoint", "rk4"))
+    substeps: int = key(1, "", "integration steps per time step")
+    discount: float = key(1.0, "1/step", "in-sim discount")
+    setpoint: float = key(20.0, "degC", "temperature the reward asks for")
+    energy_price: float = key(0.01, "1/kWh", "price in the reward")
+    initial_temperature: float = key(20.0, "degC", "start temperature of in-sim rollouts")
+    initial_std: float = key(0.0, "K", "standard deviation of the start state of in-sim rollouts")
+
+
+MODELS: dict[str, type] = {
+    "pendulum": PendulumModel,
+    "double_pendulum": DoublePendulumModel,
+    "building_rc": BuildingModel,
+}
+CUSTOM = "custom"
+"""the group node of a model of the user's own: `model._target_=my_package.my_model`, its arguments model.KEY=VALUE"""
+
+
+@dataclass
+class LinearPolicy:
+    """`a = -K s (+ k)`"""
+
+    kind: str = "linear"
+    std: float = key(0.0, "action", "standard deviation of the exploration; 0: deterministic")
+    offset: bool = key(False, "", "with a constant k")
+    gain: list[Any] = key([], "action/state", "start gain, rows of K; default: zeros")
+
+
+@dataclass
+class MLPPolicy:
+    """`a = network(s)`, tanh layers"""
+
+    kind: str = "mlp"
+    hidden: list[int] = key([16], "", "widths of the hidden layers")
+    std: float = key(0.0, "action", "standard deviation of the exploration; 0: deterministic")
+
+
+POLICIES: dict[str, type] = {"linear": LinearPolicy, "mlp": MLPPolicy}
+GROUPS = {"model": MODELS, "policy": POLICIES}
+
+
+@dataclass
+class FitOptions:
+    """Mirror of `sim2real.fit.FitSettings`; `fixed` is the complement of `free`."""
+
+    free: list[str] = key([], "", "parameters to fit; default: all")
+    fixed: list[str] = key([], "", "parameters to hold at their start value")
+    signals: list[str] = key([], "", "signals compared with the model; default: all that are not rates of another")
+    horizon: float = key(0.5, "s", "length of a window")
+    stride: float = key(0.1, "s", "time between window starts")
+    sample_every: int = key(5, "rows", "score every so-manieth sample of a window")
+    first_row: int = key(10, "rows", "row of the first window start")
+    margin: int = key(10, "rows", "rows unused at the end of a run")
+    start_after: float = key(0.0, "s", "windows start at or after this time")
+    end_before: float = key(_INF, "s", "windows end at or before this time")
+    keep: dict[str, Any] = key({}, "signal", "fit.keep.NAME=[low,high]: a window counts only while NAME stays inside")
+    max_growth: float = key(_INF, "1", "leave out windows over which the model amplifies a start error by more")
+    loss_scale: float = key(0.02, "signal", "residual at which the loss turns from quadratic to linear")
+    zeros: str = key("none", "", "sensor zeros to fit", choices=("none", "shared", "per_run"))
+    zero_std: float = key(0.1, "signal", "weak prior of a zero")
+    delay: bool = key(False, "", "fit one input delay for all runs")
+    delay_start: float = key(0.0, "s", "start value of the delay")
+    delay_bounds: list[float] = key([0.0, 0.05], "s", "bounds of the delay")
+    initial_velocity: bool = key(False, "", "fit one correction per run to each measured rate in the start state")
+    velocity_std: float = key(0.5, "signal/s", "weak prior of that correction")
+    warmup: float = key(0.0, "s", "log before the scored part that determines the start state; 0: measured start")
+    pull: float = key(0.02, "1", "weight of the pull of a warmed-up start towards the measured start")
+    priors: dict[str, Any] = key({}, "parameter", "fit.priors.NAME=[mean,std]")
+    prior_width: float = key(1.0, "box", "standard deviation of the other priors, in widths of the box; 0: none")
+    max_steps: int = key(50, "", "most Levenberg-Marquardt steps")
+    tolerance: float = key(1e-8, "1", "stop when a step promises a smaller relative decrease of the loss")
+    block: float = key(2.0, "s", "length of the blocks that the intervals delete")
+
+
+@dataclass
+class EvaluationOptions:
+    """Mirror of `sim2real.evaluation.EvaluationSettings`."""
+
+    signals: list[str] = key([], "", "signals compared with the model; default: all that are not rates of another")
+    horizon: float = key(0.5, "s", "length of a window")
+    stride: float = key(0.1, "s", "time between window starts")
+    first_row: int = key(10, "rows", "row of the first window start")
+    margin: int = key(10, "rows", "rows unused at the end of a run")
+    start_after: float = key(0.0, "s", "windows start at or after this time")
+    end_before: float = key(_INF, "s", "windows end at or before this time")
+    keep: dict[str, Any] = key({}, "signal", "evaluation.keep.NAME=[low,high]: a window counts while NAME is inside")
+    max_growth: float = key(10.0, "1", "windows with larger growth of a start error are left out of `calm` figures")
+    zeros: str = key("none", "", "sensor zeros of each run from its first seconds", choices=("none", "estimated"))
+    zero_horizon: float = key(0.5, "s", "length of the windows that estimate a zero")
+    zero_until: float = key(2.0, "s", "they end at or before this time")
+    warmup: float = key(0.0, "s", "log before the scored part that determines the start state; 0: measured start")
+    pull: float = key(0.02, "1", "weight of the pull of a warmed-up start towards the measured start")
+    season: float = key(0.0, "s", "> 0 adds the baseline 'the value one season before' (a week: 604800)")
+
+
+@dataclass
+class TuneOptions:
+    """Mirror of `sim2real.tuning.TuneSettings`."""
+
+    max_steps: int = key(20, "", "outer iterations")
+    radius: float = key(0.5, "scaled", "first trust-region radius (a tenth of the box is 1)")
+    max_radius: float = key(4.0, "scaled", "largest trust-region radius")
+    min_radius: float = key(1e-6, "scaled", "the search ends when the radius falls below")
+    confidence: float = key(0.95, "1", "confidence with which the real return must have fallen to undo a step")
+    gradient_tol: float = key(1e-8, "1", "the search ends when the scaled gradient is below, relative to |J_real|")
+    stationarity_tol: float = key(1e-3, "1", "largest relative gradient of an accepted in-sim optimum")
+    likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
+
+
+@dataclass
+class DataOptions:
+    """Where `tune` gets real rollouts of the policy it proposes."""
+
+    mode: str = key(
+        "log", "", "log: only what `log` holds; folder: a growing log folder; callable; env: a Gymnasium id",
+        choices=("log", "folder", "callable", "env"),
+    )  # fmt: skip
+    callable: str | None = key(None, "", "data.mode=callable: function (policy, nu, iteration, generator) -> Rollout")
+    env: str | None = key(None, "", "data.mode=env: Gymnasium id")
+    rollouts: int = key(8, "", "rollouts per iteration (callable, env)")
+
+
+@dataclass
+class FitConfig:
+    """sim2real fit: system identification from a log."""
+
+    log: Any = key(MISSING, "", "file, folder or [list] of files: CSV, NPZ, HDF5, Parquet, .mat", path=True)
+    schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
+    columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
+    out: str = key("runs/fit", "", "output folder", path=True)
+    leave_out: list[str] = key([], "", "episodes kept out of the fit and scored")
+    theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE: start value; default: the design value")
+    fit: FitOptions = field(default_factory=FitOptions)
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
+    seed: int = key(0, "", "seed of everything random")
+    threads: int = key(1, "", "torch threads")
+    resume: bool = key(True, "", "continue an interrupted run found in `out`; false: start again")
+    strict: bool = key(False, "", "exit code 3 when something is flagged (not identified, at a bound)")
+
+
+@dataclass
+class EvaluateConfig:
+    """sim2real evaluate: errors of a parameter set on a log."""
+
+    params: str | None = key(None, "", "params.json of a fit; default: the design values", path=True)
+    log: Any = key(MISSING, "", "file, folder or [list] of files", path=True)
+    schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
+    columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
+    theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE replaces a value")
+    episodes: list[str] = key([], "", "episodes to score; default: all")
+    nuisance: bool = key(True, "", "use the fitted delay and shared zeros of `params`")
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
+    threads: int = key(1, "", "torch threads")
+
+
+@dataclass
+class TuneConfig:
+    """sim2real tune: simulator parameters for the real return of the policy trained in the simulator."""
+
+    log: Any = key(None, "", "real rollouts already there; with data.mode=folder: the folder that grows", path=True)
+    schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
+    columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
+    params: str | None = key(None, "", "params.json of a fit: start values and model", path=True)
+    out: str = key("runs/tune", "", "output folder", path=True)
+    theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE: start value")
+    free: list[str] = key([], "", "parameters to tune; default: all")
+    reward: str | None = key(None, "", "function (state, action, next_state) -> reward; default: the model's own")
+    discount: float = key(0.99, "1/step", "discount of the real return")
+    horizon: float = key(1.0, "s", "length of in-sim rollouts")
+    batch: int = key(64, "", "in-sim rollouts")
+    data: DataOptions = field(default_factory=DataOptions)
+    tune: TuneOptions = field(default_factory=TuneOptions)
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
+    policy: Any = key("linear", "", "the policy: linear or mlp", group="policy")
+    seed: int = key(0, "", "seed of everything random")
+    threads: int = key(1, "", "torch threads")
+    resume: bool = key(True, "", "continue an interrupted run found in `out`; false: start again")
+    strict: bool = key(False, "", "exit code 3 when the search did not converge cleanly")
+
+
+COMMANDS: dict[str, type] = {"fit": FitConfig, "evaluate": EvaluateConfig, "tune": TuneConfig}
+
+
+def register() -> None:
+    """Put all dataclasses into Hydra's ConfigStore: one node per command, one group per choice."""
+    store = ConfigStore.instance()
+    for name, config in COMMANDS.items():
+        store.store(name, config)
+    for group, choices in GROUPS.items():
+        for name, config in choices.items():
+            store.store(name, config, group=group)
+    store.store(CUSTOM, {"_target_": None, "dt": None}, group="model")

@@ -1,0 +1,156 @@
+"""From `key=value` words to a checked configuration, composed by Hydra over the dataclasses of `sim2real.conf`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hydra import compose, initialize
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import get_method
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sim2real.conf import COMMANDS, CUSTOM, GROUPS, register
+
+
+class UsageError(ValueError):
+    """The command line asks for something that does not exist or does not fit; the message says what does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One configuration key as `--help` shows it."""
+
+    name: str
+    default: Any
+    unit: str
+    help: str
+    choices: tuple[str, ...]
+    path: bool
+    group: str
+
+    @property
+    def open(self) -> bool:
+        """Whether further keys below this one are the user's own (theta.NAME, fit.priors.NAME)."""
+        return isinstance(self.default, dict)
+
+
+def keys_of(config: type, prefix: str = "") -> list[Key]:
+    """All keys of a configuration dataclass, nested ones with dots, in order."""
+    found: list[Key] = []
+    for item in dataclasses.fields(config):
+        name, factory, note = prefix + item.name, item.default_factory, item.metadata
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            found += keys_of(factory, name + ".")
+        elif note:
+            default = item.default if factory is dataclasses.MISSING else factory()
+            found.append(Key(name, default, **{key: note[key] for key in ("unit", "help", "choices", "path", "group")}))
+    return found
+
+
+def compose_config(command: str, words: Sequence[str]) -> Any:
+    """The configuration dataclass of `command` with the overrides `words` applied.
+
+    Raises `UsageError` naming the word, what is wrong with it and the nearest thing that exists.
+    """
+    register()
+    keys = {key.name: key for key in keys_of(COMMANDS[command])}
+    chosen = {name: _choice(name, words) for name, key in keys.items() if key.group}
+    for group, choice in chosen.items():
+        keys |= (
+            {key.name: key for key in keys_of(GROUPS[group][choice], group + ".")} if choice in GROUPS[group] else {}
+        )
+    columns = [word.removeprefix("schema.") for word in words if word.startswith("schema.")]
+    plain = [word for word in words if not word.startswith("schema.") and word.partition("=")[0] not in chosen]
+    overrides = [f"+{group}={choice}" for group, choice in chosen.items() if choice]
+    overrides += [_checked(command, keys, word, custom=chosen.get("model") == CUSTOM) for word in plain]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize(version_base=None, config_path=None):
+            result = OmegaConf.to_object(compose(command, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_reason(error)) from error
+    result.columns = [*result.columns, *columns]
+    _check_choices(result, keys)
+    return result
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" for the closest known words, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=2, cutoff=0.55)
+    return f"; did you mean {' or '.join(repr(item) for item in close)}?" if close else ""
+
+
+def resolve_function(target: str, key: str) -> Callable[..., Any]:
+    """The function at a dotted path such as `my_pkg.my_model`; the working directory is searched too.
+
+    Raises `UsageError` naming the key and what could not be found.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return get_method(target)
+    except (ImportError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UsageError(
+            f"{key}={target}: no such function ({reason}); give module.function, importable from here"
+        ) from error
+
+
+def _choice(group: str, words: Sequence[str]) -> str:
+    """Which node of a group the words choose; a model given by `_target_` alone is the user's own."""
+    named = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+    known = GROUPS[group]
+    if not named:
+        inside = any(word.startswith(f"{group}.") for word in words)
+        return "linear" if group == "policy" else CUSTOM if inside else ""
+    if named[-1] not in known:
+        own = "; a model of your own: model._target_=package.function" if group == "model" else ""
+        raise UsageError(f"{group}={named[-1]}: there are {', '.join(known)}{nearest(named[-1], known)}{own}")
+    return named[-1]
+
+
+def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> str:
+    """The word as a Hydra override; raises `UsageError` for anything but a known key and a value."""
+    name, equals, value = word.partition("=")
+    parent = name.rpartition(".")[0]
+    if not equals:
+        raise UsageError(f"'{word}' is not of the form key=value{nearest(word, keys)}; see sim2real {command} --help")
+    free = (parent in keys and keys[parent].open) or (parent == "model" and (custom or name == "model._target_"))
+    if name not in keys and not free:
+        raise UsageError(f"unknown key '{name}'{nearest(name, keys)}; see sim2real {command} --help")
+    if name in keys and isinstance(keys[name].default, list) and value[:1] != "[":
+        value = f"[{value}]"
+    # a path may hold what Hydra's grammar gives a meaning: quote it
+    if name in keys and keys[name].path and not (value[:1] in "[\"'" or value == "null"):
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{'' if name in keys else '++'}{name}={value}"
+
+
+def _check_choices(config: Any, keys: dict[str, Key]) -> None:
+    for key in keys.values():
+        value = _value_at(config, key.name)
+        if key.choices and value not in key.choices:
+            known = ", ".join(key.choices)
+            raise UsageError(f"{key.name}={value}: expected one of {known}{nearest(value, key.choices)}")
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    text = str(cause).strip().splitlines()
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{text[0].rpartition(' ')[2]} is missing: give {text[0].rpartition(' ')[2]}=..."
+    place = next((line.split(":", 1)[1].strip() for line in text if line.strip().startswith("full_key:")), "")
+    return f"{place}: {text[0]}" if place else text[0]
+
+
+def _value_at(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part)
+    return config

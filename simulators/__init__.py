@@ -1,5 +1,14 @@
 """Simulators: one system each, one function returning a `ModelMDP`."""
 
+from sim2real.simulators.battery import (
+    BatteryTables,
+    battery,
+    battery_tables,
+    drift_load,
+    gaussian_load,
+    load_transition,
+    mixed_load,
+)
 from sim2real.simulators.building_rc import building_rc
 from sim2real.simulators.cartpole import cartpole, cartpole_energy
 from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
@@ -8,16 +17,23 @@ from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
 
 __all__ = [
+    "BatteryTables",
     "Integrator",
     "base_parameters",
+    "battery",
+    "battery_tables",
     "building_rc",
     "cartpole",
     "cartpole_energy",
     "double_pendulum",
     "double_pendulum_energy",
+    "drift_load",
+    "gaussian_load",
     "integrate_first_order",
     "integrate_second_order",
     "linear_gaussian",
+    "load_transition",
+    "mixed_load",
     "multiplicative_noise_lqr",
     "pendulum",
     "pendulum_energy",

@@ -168,20 +168,18 @@ def _unit_diagonal(normal: Tensor) -> Tensor:
 
 
 def deleted_block_shifts(A: Tensor, s: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """`d_g = (A - A_g)^+ s_g [G, P]` and which parameters have a part in the null space of some `A - A_g`, `[P]` bool.
+    """`d_g = (A - A_g)^+ s_g [G, P]` and the null vectors of every `A - A_g`, `[K, P]`, in units of the parameters.
 
     `A [G, P, P]`, `s [G, P]` from `block_sums`, `precision [P, P]` of the priors.
     """
     total = A.sum(0) + precision
     scale = _unit_diagonal(total)
-    left = (total - A) * scale.outer(scale)
-    values, vectors = torch.linalg.eigh(left)
-    null = values < _RANK_TOLERANCE * values[:, -1:].clamp(min=1.0) * values.shape[-1]
+    values, vectors = torch.linalg.eigh((total - A) * scale.outer(scale))
+    null = values < _RANK_TOLERANCE * values[:, -1:].clamp(min=1.0)
     inverse = torch.where(null, torch.zeros_like(values), 1 / torch.where(null, torch.ones_like(values), values))
     score = (vectors.mT @ (s * scale).unsqueeze(-1)).squeeze(-1)
     shifts = (vectors @ (inverse * score).unsqueeze(-1)).squeeze(-1) * scale
-    loading = (vectors.square() * null.unsqueeze(1)).sum(-1).amax(0).sqrt()
-    return shifts, loading > _LOADING
+    return shifts, vectors.mT[null] * scale
 
 
 def jackknife(
@@ -231,13 +229,22 @@ def jackknife(
 
 
 def _covariance(A: Tensor, s: Tensor, precision: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Jackknife covariance plus the priors' share, and the open parameters."""
+    """Jackknife covariance plus the priors' share `[P, P]`, and which parameters are open `[P]`."""
     G = A.shape[0]
-    shifts, opened = deleted_block_shifts(A, s, precision.diag())
+    shifts, null = deleted_block_shifts(A, s, precision.diag())
     covariance = (G - 1) / G * shifts.mT @ shifts
+    total = A.sum(0) + precision.diag()
+    scale = _unit_diagonal(total)
     if bool((precision > 0).any()):
-        total = A.sum(0) + precision.diag()
-        scale = _unit_diagonal(total)
         pull = torch.linalg.pinv(total * scale.outer(scale), hermitian=True) * scale.outer(scale) * precision
         covariance = covariance + (pull * variance) @ pull.mT
-    return covariance, opened
+    loading = (null / scale).abs()
+    return covariance, (loading > _LOADING).any(0)
+
+
+def correlation(covariance: Tensor) -> Tensor:
+    """`cov_ij / sqrt(cov_ii cov_jj) [P, P]`; a parameter without variance correlates with none."""
+    std = covariance.diagonal().sqrt()
+    scale = torch.where(std > 0, 1 / torch.where(std > 0, std, torch.ones_like(std)), torch.zeros_like(std))
+    matrix = covariance * scale.outer(scale)
+    return matrix - torch.diag(matrix.diagonal()) + torch.eye(len(std)).to(matrix)

@@ -1,0 +1,194 @@
+"""Policy gradient of the real return from logged transitions.
+
+With Q and the discounted visits zeta of the policy estimated by the least-squares critic on any log of the real system,
+
+    deterministic:  g_nu = E_{s ~ d}[ grad_nu pi(s) grad_a Q(s, pi(s)) ],
+    stochastic:     g_nu = E_{s ~ d, a ~ pi}[ grad_nu log pi(a | s) (Q(s, a) - V(s)) ],
+
+d the discounted state visits of pi (total 1 / (1 - discount)): the first states, and discount * zeta_i at the successor
+s'_i of every transition ("ratio", for data of any policy), or discount^t at the recorded states ("discounted", for
+data of the policy itself). With "ratio" the deterministic form is the exact derivative of the estimated return
+J = E phi(s_0, pi)^T w. The expectation over actions is a quadrature over the policy's noise.
+References: D. Silver et al., Deterministic Policy Gradient Algorithms, 2014, eq. 9 (states weighted by discount^t);
+K. Ciosek and S. Whiteson, Expected Policy Gradients, 2018; the critic: see `critic.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sim2real.estimators.critic import (
+    CriticSystem,
+    Features,
+    act,
+    check_identified,
+    critic_system,
+    leverage_weights,
+    noise_nodes,
+    quadratic_features,
+    scaled_features,
+    solve_critic,
+)
+from sim2real.estimators.transitions import RealReward, Transitions, groups_of, transitions
+from sim2real.log import RolloutLog
+from sim2real.params import Estimate, Params, ravel, unravel
+from sim2real.policy import Policy
+from sim2real.rollout import Rollout
+
+# output of the policy with its graph, and the cotangent per unit of state weight for given critic weights
+Graph = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def logged_policy_gradient(
+    policy: Policy,
+    nu: Params,
+    log: Rollout | RolloutLog | Transitions,
+    *,
+    real_reward: RealReward | None = None,
+    real_discount: float,
+    features: Features | None = None,
+    initial_states: Tensor | None = None,
+    terminal: Callable[[Tensor], Tensor] | None = None,
+    weights: Literal["ratio", "discounted"] = "ratio",
+    method: Literal["auto", "pathwise", "score"] = "auto",
+    ridge: float = 0.0,
+    groups: int = 16,
+) -> Estimate:
+    """Gradient of the real discounted return in nu, with the estimated return as `value`.
+
+    `features(s, a) -> [N, q]` (None: all quadratic monomials) span the critic. `initial_states [E, n]`: where the real
+    task starts (None: where the logged episodes do). `method` "auto" takes "pathwise" (grad pi grad_a Q) for a
+    deterministic policy and "score" (grad log pi A) for a stochastic one; "pathwise" also suits reparameterised noise.
+    info: "stderr" `[P]` of the gradient (raveled) and "value_stderr", by leaving out `groups` groups of episodes (or
+    blocks of time) in turn, with "replicates" `[G, P]` and "value_replicates" `[G]`; "effective_sample_size" (of the
+    state weights), "transitions", "condition", "bellman_radius", "ridge". A Bellman radius >= 1 means that the policy
+    is unstable on the data, or the data are too far from it: do not trust the estimate.
+    Raises `CriticError` when the data cannot identify the critic, `ValueError` for data that do not match.
+    """
+    if not 0 < real_discount <= 1:
+        raise ValueError(f"real_discount must be in (0, 1], got {real_discount}")
+    if groups < 0 or groups == 1:
+        raise ValueError(f"groups must be 0 (no standard errors) or at least 2, got {groups}")
+    data = transitions(log, real_reward, terminal=terminal)
+    fixed = {key: value.detach() for key, value in nu.items()}
+    phi = scaled_features(features if features is not None else quadratic_features(data), data)
+    system = critic_system(policy, fixed, data, initial_states, phi, max(groups, 1))
+    condition, radius = check_identified(system, real_discount, ridge)
+    chosen = method if method != "auto" else ("pathwise" if policy.noise_dim == 0 else "score")
+    states, weigh = _state_weights(data, initial_states, phi, system, real_discount, weights, max(groups, 1))
+    leaves = {key: value.clone().requires_grad_() for key, value in fixed.items()}
+    graphs = _policy_graphs(policy, leaves, states, phi, chosen)
+
+    def estimate(left_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        keep = [g for g in range(len(system.gram)) if g != left_out]
+        kept = CriticSystem(*(value[keep] for value in vars(system).values()))
+        critic_weights, visits, value = solve_critic(kept, real_discount, ridge)
+        state_weights = weigh(visits, left_out)
+        return value, _pull(graphs, leaves, critic_weights, state_weights), state_weights
+
+    value, gradient, state_weights = estimate(None)
+    info = {
+        "effective_sample_size": state_weights.sum().square() / state_weights.square().sum(),
+        "transitions": torch.tensor(float(len(data.rewards))),
+        "condition": torch.tensor(condition),
+        "bellman_radius": torch.tensor(radius),
+        "ridge": torch.tensor(ridge),
+    }
+    if groups and len(system.gram) > 1:
+        left = [estimate(g) for g in range(len(system.gram))]
+        info["value_replicates"], info["replicates"] = (
+            torch.stack([x[0] for x in left]),
+            torch.stack([x[1] for x in left]),
+        )
+        info["value_stderr"] = jackknife_stderr(info["value_replicates"])
+        info["stderr"] = jackknife_stderr(info["replicates"])
+    grad = {key: part.to(nu[key].dtype) for key, part in unravel(gradient, fixed).items()}
+    return Estimate(value=value.detach(), grad=grad, info={key: item.detach() for key, item in info.items()})
+
+
+def jackknife_stderr(replicates: Tensor) -> Tensor:
+    """Standard error from delete-one-group estimates `[G, ...]`: sqrt((G-1)/G sum (x_g - mean)^2)."""
+    count = len(replicates)
+    return (replicates - replicates.mean(0)).square().sum(0).mul((count - 1) / count).sqrt()
+
+
+def _state_weights(
+    data: Transitions,
+    initial_states: Tensor | None,
+    phi: Features,
+    system: CriticSystem,
+    real_discount: float,
+    weights: Literal["ratio", "discounted"],
+    groups: int,
+) -> tuple[Tensor, Callable[[Tensor, int | None], Tensor]]:
+    """States `[M, n]` that carry the discounted visits, and their weights `[M]` given lambda and the group left out."""
+    group, first_group = groups_of(data, groups)
+    if weights == "discounted":
+        power = math.log(real_discount) * data.step.double()
+
+        def by_time(visits: Tensor, left_out: int | None) -> Tensor:
+            kept = power.exp() * (group != left_out if left_out is not None else torch.ones_like(power))
+            return kept / (kept * (data.step == 0)).sum().clamp(min=1)
+
+        return data.states, by_time
+    first = data.initial_states if initial_states is None else initial_states
+    belongs = first_group if initial_states is None else torch.full((len(first),), -1, device=first.device)
+    recorded = phi(data.states, data.actions)
+    recorded = leverage_weights(recorded).unsqueeze(-1) * recorded
+    going_on = real_discount * (~data.ended).double()
+
+    def by_ratio(visits: Tensor, left_out: int | None) -> Tensor:
+        start, later = torch.ones(len(first), dtype=visits.dtype, device=visits.device), (recorded @ visits) * going_on
+        if left_out is not None:
+            start, later = start * (belongs != left_out), later * (group != left_out)
+        return torch.cat([start / start.sum(), later])
+
+    return torch.cat([first, data.next_states]), by_ratio
+
+
+def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features, method: str) -> list[Graph]:
+    """Per noise node: what nu moves (actions, or log pi of fixed actions) and its worth for given critic weights."""
+    nodes, node_weights = noise_nodes(policy, leaves, states)
+    fixed = {key: value.detach() for key, value in leaves.items()}
+
+    def pathwise(node: Tensor, share: Tensor) -> Graph:
+        actions = act(policy, leaves, states, node)
+        if not actions.requires_grad:
+            raise ValueError("the policy's action has no derivative in nu; use method='score'")
+
+        def slope(critic_weights: Tensor) -> Tensor:
+            free = actions.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((phi(states, free) @ critic_weights).sum(), free)
+            return share.to(gradient) * gradient
+
+        return actions, slope
+
+    if method == "pathwise":
+        return [pathwise(node, share) for node, share in zip(nodes, node_weights, strict=True)]
+    sampled = [act(policy, fixed, states, node) for node in nodes]
+    average = sum(share * phi(states, a) for share, a in zip(node_weights, sampled, strict=True))
+
+    def score(action: Tensor, share: Tensor) -> Graph:
+        log_prob = policy.log_prob(leaves, states.to(action.dtype), action).unsqueeze(-1)
+        advantage = phi(states, action) - average
+        return log_prob, lambda critic_weights: (share * (advantage @ critic_weights)).unsqueeze(-1).to(log_prob)
+
+    return [score(action, share) for action, share in zip(sampled, node_weights, strict=True)]
+
+
+def _pull(graphs: list[Graph], leaves: Params, critic_weights: Tensor, state_weights: Tensor) -> Tensor:
+    """The gradient in nu, raveled, in float64."""
+    total = torch.zeros(
+        sum(value.numel() for value in leaves.values()), dtype=torch.float64, device=state_weights.device
+    )
+    for output, worth in graphs:
+        cotangent = worth(critic_weights) * state_weights.unsqueeze(-1).to(output.dtype)
+        parts = torch.autograd.grad(output, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
+        filled = {k: torch.zeros_like(v) if p is None else p for (k, v), p in zip(leaves.items(), parts, strict=True)}
+        total = total + ravel(filled).double()
+    return total

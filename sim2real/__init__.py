@@ -1,6 +1,17 @@
 """sim2real: tune simulator parameters for the real return of the policy that training in the simulator would find."""
 
 from sim2real.bounds import Box, contains, default_params, from_unbounded, project, to_unbounded
+from sim2real.controllers import (
+    append_clock,
+    append_integral,
+    exploring_policy,
+    gain_schedule_policy,
+    lqr_policy,
+    operational_space_policy,
+    pid_policy,
+    with_clock,
+    with_integral,
+)
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, select_episodes
 from sim2real.mdp import ModelMDP, Noise, sample_noise
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
@@ -38,6 +49,8 @@ __all__ = [
     "SolveReport",
     "UnconvergedError",
     "UnconvergedWarning",
+    "append_clock",
+    "append_integral",
     "assign_grads",
     "axpy",
     "boltzmann_policy",
@@ -50,12 +63,17 @@ __all__ = [
     "discounted_return",
     "dot",
     "expected_return",
+    "exploring_policy",
     "from_unbounded",
+    "gain_schedule_policy",
     "gaussian_policy",
     "linear_policy",
     "load_log",
+    "lqr_policy",
     "map_params",
     "module_policy",
+    "operational_space_policy",
+    "pid_policy",
     "project",
     "ravel",
     "rollout",
@@ -63,4 +81,6 @@ __all__ = [
     "select_episodes",
     "to_unbounded",
     "unravel",
+    "with_clock",
+    "with_integral",
 ]

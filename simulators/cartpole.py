@@ -22,7 +22,7 @@ from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 from sim2real.simulators.integrate import Integrator, check_time_step, integrate_second_order
 
-_PARAMETERS = {  # name: (low, high, unit, design value)
+_PARAMETERS: dict[str, tuple[float, float, str, float]] = {  # name: (low, high, unit, design value)
     "cart_mass": (0.01, 100.0, "kg", 1.0),
     "pole_mass": (0.001, 50.0, "kg", 0.1),
     "length": (0.01, 10.0, "m", 1.0),
@@ -101,7 +101,12 @@ def cartpole(
         terminal=None if math.isinf(position_limit) and math.isinf(angle_limit) else terminal,
         names={"state": _STATE, "action": ("force",), "signal": _STATE},
         units=_UNITS,
-        box=Box(*({key: row[column] for key, row in _PARAMETERS.items()} for column in range(4))),
+        box=Box(
+            low={key: row[0] for key, row in _PARAMETERS.items()},
+            high={key: row[1] for key, row in _PARAMETERS.items()},
+            unit={key: row[2] for key, row in _PARAMETERS.items()},
+            default={key: row[3] for key, row in _PARAMETERS.items()},
+        ),
     )
 
 

@@ -44,7 +44,7 @@ _UNITS = {
     "torque2": "N m",
 }
 
-_PHYSICAL = {  # name: (low, high, unit, design value of the published rig)
+_PHYSICAL: dict[str, tuple[float, float, str, float]] = {  # name: (low, high, unit, design value of the published rig)
     "m1": (0.01, 10.0, "kg", 0.608),
     "m2": (0.01, 10.0, "kg", 0.630),
     "l1": (0.01, 2.0, "m", 0.3),
@@ -56,7 +56,7 @@ _PHYSICAL = {  # name: (low, high, unit, design value of the published rig)
     "gr": (1.0, 200.0, "1", 6.0),
     "g": (1.0, 30.0, "m/s^2", 9.81),
 }
-_FRICTION = {
+_FRICTION: dict[str, tuple[float, float, str, float]] = {
     "b1": (0.0, 2.0, "N m s/rad", 0.081),
     "b2": (0.0, 2.0, "N m s/rad", 0.0),
     "cf1": (0.0, 2.0, "N m", 0.093),
@@ -64,7 +64,7 @@ _FRICTION = {
     "torque_offset1": (-1.0, 1.0, "N m", 0.0),
     "torque_offset2": (-1.0, 1.0, "N m", 0.0),
 }
-_BASE = {  # design values: the base parameters of _PHYSICAL
+_BASE: dict[str, tuple[float, float, str, float]] = {  # design values: the base parameters of _PHYSICAL
     "A": (1e-3, 10.0, "kg m^2", 0.05472 + 0.02522 + 0.630 * 0.3**2 + 37.0 * 6.0719e-5),
     "B": (-1.0, 5.0, "kg m^2", 0.02522 - 6.0 * 6.0719e-5),
     "C": (1e-3, 5.0, "kg m^2", 0.02522 + 36.0 * 6.0719e-5),
@@ -143,7 +143,12 @@ def double_pendulum(
         return -dt * (2.0 + torch.cos(q1) + torch.cos(q1 + q2) + effort)
 
     table = (_BASE if parameters == "base" else _PHYSICAL) | _FRICTION
-    box = Box(*({key: row[column] for key, row in table.items()} for column in range(4)))
+    box = Box(
+        low={key: row[0] for key, row in table.items()},
+        high={key: row[1] for key, row in table.items()},
+        unit={key: row[2] for key, row in table.items()},
+        default={key: row[3] for key, row in table.items()},
+    )
     return ModelMDP(
         initial_state, step, reward, noise_dims=(4, 0), dt=dt, discount=discount, names=_NAMES, units=_UNITS, box=box
     )

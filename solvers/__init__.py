@@ -10,14 +10,25 @@ from sim2real.solvers.bellman import (
     state_transition,
     state_values,
 )
+from sim2real.solvers.linear import cg, dense
+from sim2real.solvers.optimum import policy_optimum
+from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 
 __all__ = [
     "BellmanOptimum",
+    "UnstableError",
+    "cg",
+    "dense",
     "discounted_visits",
+    "lyapunov",
+    "mean_square_radius",
     "optimal_actions",
     "optimal_values",
+    "policy_optimum",
     "policy_values",
     "q_values",
+    "riccati",
+    "riccati_residual",
     "state_transition",
     "state_values",
 ]

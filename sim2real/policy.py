@@ -47,13 +47,23 @@ def linear_policy(action_dim: int, *, std: float = 0.0) -> Policy:
 
     nu["gain"] may be `[B, m, n]`, one gain per environment. `std` (in action units) 0 gives a deterministic policy.
     """
-    if std < 0:
-        raise ValueError(f"std must be >= 0 (action units), got {std}")
 
     def mean(nu: Params, state: Tensor) -> Tensor:
         action = -(nu["gain"] @ state.unsqueeze(-1)).squeeze(-1)
         return action + nu["offset"] if "offset" in nu else action
 
+    return _fixed_std(mean, std, action_dim)
+
+
+def module_policy(module: nn.Module, *, std: float = 0.0) -> Policy:
+    """`a = module(s) + std * e` with `nu = dict(module.named_parameters())`; std (action units) 0: deterministic."""
+    mean = lambda nu, state: functional_call(module, nu, (state,))
+    return _fixed_std(mean, std, _output_width(module) if std else 0)
+
+
+def _fixed_std(mean: Callable[[Params, Tensor], Tensor], std: float, action_dim: int) -> Policy:
+    if std < 0:
+        raise ValueError(f"std must be >= 0 (action units), got {std}")
     if std == 0.0:
         return deterministic_policy(mean)
 
@@ -62,11 +72,6 @@ def linear_policy(action_dim: int, *, std: float = 0.0) -> Policy:
         return _gaussian_log_prob(action, center, torch.full_like(center, math.log(std)))
 
     return Policy(lambda nu, state, noise: mean(nu, state) + std * noise, log_prob, noise_dim=action_dim)
-
-
-def module_policy(module: nn.Module) -> Policy:
-    """`a = module(s)`, deterministic, with `nu = dict(module.named_parameters())`."""
-    return deterministic_policy(lambda nu, state: functional_call(module, nu, (state,)))
 
 
 def gaussian_policy(module: nn.Module) -> Policy:

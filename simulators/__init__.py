@@ -9,6 +9,7 @@ from sim2real.simulators.battery import (
     load_transition,
     mixed_load,
 )
+from sim2real.simulators.bench_rig import BenchRig, RigTrajectory, logged_rows, rig_rollout
 from sim2real.simulators.building_rc import building_rc
 from sim2real.simulators.cartpole import cartpole, cartpole_energy
 from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
@@ -18,7 +19,9 @@ from sim2real.simulators.pendulum import pendulum, pendulum_energy
 
 __all__ = [
     "BatteryTables",
+    "BenchRig",
     "Integrator",
+    "RigTrajectory",
     "base_parameters",
     "battery",
     "battery_tables",
@@ -33,8 +36,10 @@ __all__ = [
     "integrate_second_order",
     "linear_gaussian",
     "load_transition",
+    "logged_rows",
     "mixed_load",
     "multiplicative_noise_lqr",
     "pendulum",
     "pendulum_energy",
+    "rig_rollout",
 ]

@@ -6,28 +6,37 @@ With J(theta, nu) the in-sim return, nu*(theta) its maximiser and J_real(nu) the
     d nu*/d theta = -[J_nunu]^{-1} J_nutheta.
 
 `tune_step` is that chain, once. `tune` repeats it: a quasi-Newton model of J_real(nu*(theta)) inside a trust region on
-theta, steps kept in the box, undone when the real return falls by more than its confidence.
+theta, steps kept in the box, undone when the real return falls. Every candidate is first scored on the real transitions
+already there, and only then run; both ends of a step are always compared, and their gradients differenced, on the
+same data, so that most of the noise cancels.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sim2real.bounds import Box
+from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
+from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.estimators.transitions import RealReward, Transitions, transitions
 from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, Noise
-from sim2real.params import Estimate, Params
+from sim2real.params import Estimate, Params, ravel
 from sim2real.policy import Policy
-from sim2real.rollout import Rollout
-from sim2real.solve_report import Sensitivity, SolveReport
+from sim2real.rollout import Rollout, expected_return
+from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedWarning
+from sim2real.solvers.optimum import policy_optimum
+from sim2real.tune_search import Likelihood, advance, begin, log_likelihood, measured_return
+from sim2real.tune_state import Point, Search, Space, TuneSettings, restore, snapshot, tuning_space
 
-RealReward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""state `[N, n]`, action `[N, m]`, next state `[N, n]` -> reward `[N]`, in the real task"""
-Collect = Callable[[Policy, Params, int, torch.Generator], Rollout | RolloutLog | None]
+Collect = Callable[[Policy, Params, int, torch.Generator], Rollout | RolloutLog | Transitions | None]
 """policy, nu, iteration, generator -> real rollouts of that policy (exploration included); None: not there yet"""
 Objective = Callable[[Params, Params], Tensor]
 """theta, nu -> in-sim return, a scalar; twice differentiable"""
@@ -40,33 +49,12 @@ class TuneStep:
     nu: Params
     grad: Params
     info: dict[str, Tensor]
-    """scalars: "real_return", "real_return_stderr", "effective_sample_size", "stationarity", "residual" (of the linear
-    solve) and, where known, "error_bound", "bellman_radius", "condition", "ridge"; "grad_nu_stderr" by key of nu"""
+    """"real_return", "real_return_stderr", "stationarity" (|grad_nu J|), "residual" (of the linear solve) and, where
+    known, "error_bound"; and all that the gradient estimator reports ("effective_sample_size", "stderr", ...)"""
     report: SolveReport
-    """converged: nu is a stationary in-sim optimum, the critic is identified, the linear solve reached its tolerance"""
+    """converged: nu is a stationary in-sim optimum, the critic is stable, the linear solve reached its tolerance"""
     grad_nu: Params = field(default_factory=dict)
     """g_nu, the real-data gradient in policy parameters"""
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """Options of `tune`; lengths in theta are relative to `scale` (default: a tenth of the box, else |theta| or 1)."""
-
-    max_steps: int = 20
-    """outer iterations; each runs one policy on the real system (with `collect`) or evaluates it on the log"""
-    radius: float = 0.5
-    """first trust-region radius, in scaled units"""
-    max_radius: float = 4.0
-    min_radius: float = 1e-6
-    """the search ends (converged) when the radius falls below it"""
-    confidence: float = 0.95
-    """one-sided confidence with which the real return must have fallen before a step is undone"""
-    gradient_tol: float = 1e-8
-    """the search ends when the scaled gradient (free of the box) is below it, relative to |J_real|"""
-    stationarity_tol: float = 1e-3
-    """largest |grad_nu J| |nu| / |J| at which nu is accepted as an in-sim optimum"""
-    likelihood_weight: float = 0.0
-    """weight of the log-likelihood term, in units of return per nat"""
 
 
 @dataclass(frozen=True)
@@ -76,14 +64,16 @@ class TuneResult:
     theta: Params
     nu: Params
     history: tuple[dict[str, float], ...]
-    """per iteration: "iteration", "accepted", "real_return", "real_return_stderr", "measured_return",
-    "measured_stderr", "predicted_gain", "radius", "step_norm", "gradient_norm", "stationarity", "residual",
-    "effective_sample_size", "transitions", "converged", and "theta.NAME" for scalar parameters (the values tried)"""
+    """per iteration, of the values tried: "iteration", "accepted", "converged", "real_return", "real_return_stderr",
+    "gain", "gain_stderr" (against the best so far, on the same data), "predicted_gain", "measured_return",
+    "measured_stderr" (of the rollouts just recorded), "radius", "step_norm", "gradient_norm", "stationarity",
+    "residual", "effective_sample_size", "bellman_radius", "transitions", and "theta.NAME" for scalar parameters"""
     report: SolveReport
     notes: tuple[str, ...]
     """one sentence per refused or undone step, and why the search ended"""
     waiting: bool
-    """True when `collect` returned None: export `nu`, gather rollouts of it, call `tune` again with `state`"""
+    """True when `collect` returned None: gather rollouts of `nu` (the policy to run next, that of `theta`) and call
+    `tune` again with `state`"""
     state: Params
     """exact snapshot: handing it back as `state` continues bitwise as if nothing had stopped"""
 
@@ -93,25 +83,54 @@ def tune_step(
     policy: Policy,
     theta: Params,
     nu: Params,
-    log: Rollout | RolloutLog,
-    noise: Noise,
+    log: Rollout | RolloutLog | Transitions | None,
+    noise: Noise | None,
     *,
     real_reward: RealReward | None,
     real_discount: float,
     objective: Objective | None = None,
     optimum: Callable[[Params, Params], Params] | None = None,
-    gradient: Callable[..., Estimate] | None = None,
-    sensitivity: Callable[[Objective, Params, Params], Sensitivity] | None = None,
-    stationarity_tol: float = 1e-3,
-    strict: bool = False,
+    gradient: Callable[..., Estimate] = logged_policy_gradient,
+    sensitivity: Callable[..., Sensitivity] = policy_sensitivity,
 ) -> TuneStep:
-    """The whole chain once: nu*(theta), real-data gradient, sensitivity, gradient in theta.
+    """The whole chain once: nu*(theta) warm-started from nu, real-data gradient, sensitivity, gradient in theta.
 
-    `objective` replaces the sampled in-sim return (default: `expected_return` on `noise`); `optimum` theta, nu0 -> nu*
-    replaces `policy_optimum`; `gradient(policy, nu, log, real_reward=, real_discount=)` replaces
-    `logged_policy_gradient`; `sensitivity(objective, theta, nu)` replaces `policy_sensitivity`.
+    `objective` replaces the in-sim return sampled on `noise` (then None); `optimum(theta, nu0) -> nu*` replaces
+    `policy_optimum`: any trainer, whose answer is checked for stationarity. `gradient(policy, nu, log, real_reward=,
+    real_discount=)` and `sensitivity(objective, theta, nu, cotangent=, derivative_order=)` are options bound with
+    `partial`, or replacements. `report.converged` tells whether the gradient can be trusted; where it cannot, the
+    sensitivity warns `UnconvergedWarning`, or raises `UnconvergedError` when bound with `strict=True`.
     """
-    raise NotImplementedError
+    J = objective if objective is not None else _sampled_return(mdp, policy, noise)
+    best = _in_sim_optimum(J, theta, nu, optimum)
+    real = gradient(policy, best, log, real_reward=real_reward, real_discount=real_discount)
+    chain = sensitivity(J, theta, best, cotangent=real.grad, derivative_order=mdp.derivative_order)
+    grad = chain.vjp(real.grad)
+    radius = float(real.info.get("bellman_radius", torch.tensor(0.0)))
+    stable = radius < 1 and bool(torch.isfinite(real.value))
+    status = chain.report.status if stable else f"the policy is unstable on the real data (Bellman radius {radius:.4g})"
+    report = replace(chain.report, converged=chain.report.converged and stable, status=status)
+    figures = {
+        "real_return": real.value,
+        "real_return_stderr": real.info.get("value_stderr", torch.zeros(())),
+        "residual": torch.tensor(report.residual),
+    }
+    optional = {"stationarity": report.stationarity, "error_bound": report.error_bound}
+    figures |= {key: torch.tensor(value) for key, value in optional.items() if value is not None}
+    return TuneStep(best, grad, dict(real.info) | figures, report, real.grad)
+
+
+def _sampled_return(mdp: ModelMDP, policy: Policy, noise: Noise | None) -> Objective:
+    if noise is None:
+        raise ValueError("pass noise (sample_noise) for the in-sim return, or an objective(theta, nu)")
+    return lambda theta, nu: expected_return(mdp, policy, theta, nu, noise)
+
+
+def _in_sim_optimum(
+    J: Objective, theta: Params, nu: Params, optimum: Callable[[Params, Params], Params] | None
+) -> Params:
+    found = policy_optimum(J, theta, nu).nu if optimum is None else optimum(theta, nu)
+    return {key: value.detach() for key, value in found.items()}
 
 
 def tune(
@@ -119,8 +138,8 @@ def tune(
     policy: Policy,
     theta: Params,
     nu: Params,
-    log: Rollout | RolloutLog | None,
-    noise: Noise,
+    log: Rollout | RolloutLog | Transitions | None,
+    noise: Noise | None,
     *,
     real_reward: RealReward | None,
     real_discount: float,
@@ -129,20 +148,99 @@ def tune(
     box: Box | None = None,
     free: tuple[str, ...] = (),
     scale: Params | None = None,
-    likelihood: Callable[[Params], tuple[Tensor, Params, Tensor]] | tuple[Params, Tensor] | None = None,
+    likelihood: Likelihood | None = None,
+    terminal: Callable[[Tensor], Tensor] | None = None,
     objective: Objective | None = None,
     optimum: Callable[[Params, Params], Params] | None = None,
-    gradient: Callable[..., Estimate] | None = None,
-    sensitivity: Callable[[Objective, Params, Params], Sensitivity] | None = None,
+    gradient: Callable[..., Estimate] = logged_policy_gradient,
+    sensitivity: Callable[..., Sensitivity] = policy_sensitivity,
     generator: torch.Generator | None = None,
     on_step: Callable[[Params], None] | None = None,
     state: Params | None = None,
 ) -> TuneResult:
     """Repeat `tune_step` inside a trust region on theta, with rollback; resumable exactly.
 
-    `log`: real rollouts already there (or None); `collect`: gathers more with each iteration's policy, or None to tune
-    against `log` alone. `free`: names of the parameters to move (empty: all of theta). `likelihood`: theta ->
-    (log-likelihood, its gradient, its Gauss-Newton matrix over the free parameters), or a Gaussian (mean, precision).
+    `log`: real rollouts already there (or None); `collect`: gathers more with each iteration's policy (iteration 0 runs
+    that of the start), or None to tune against `log` alone. All transitions ever recorded are used. `box` None: the
+    model's. `free`: names of the parameters to move (empty: all). `likelihood`, weighted by the settings, keeps theta
+    near what the log says. `terminal` (s' -> bool) marks successors after which nothing is worth anything.
+    The rest as in `tune_step`. A candidate whose optimum, solve or critic cannot be trusted is refused, with a note.
     `on_step(state)` is called after every iteration; passing that `state` back continues bitwise.
+    Raises `ValueError` when the start itself cannot be evaluated, or data are missing.
     """
-    raise NotImplementedError
+    options = settings if settings is not None else TuneSettings()
+    space = tuning_space(theta, box if box is not None else mdp.box, free, scale)
+    chain = partial(
+        tune_step,
+        mdp,
+        policy,
+        noise=noise,
+        real_reward=real_reward,
+        real_discount=real_discount,
+        objective=objective,
+        optimum=optimum,
+        gradient=gradient,
+        sensitivity=sensitivity,
+    )
+    rng = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def evaluate(at: Params, start: Params, data: Transitions | None) -> Point:
+        return _point(chain(theta=at, nu=start, log=data), at, space, likelihood, options.likelihood_weight)
+
+    def gather(at: Params, iteration: int) -> tuple[Transitions, tuple[float, float]] | None:
+        recorded = collect(policy, at, iteration, rng) if collect is not None else None
+        if recorded is None:
+            return None
+        new = transitions(recorded, real_reward, terminal=terminal)
+        return new, measured_return(new, real_discount)
+
+    source = gather if collect is not None else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)  # such points are refused, and noted, instead
+        if state:
+            search = restore(state, rng)
+        else:
+            J = objective if objective is not None else _sampled_return(mdp, policy, noise)
+            first, known = _in_sim_optimum(J, theta, nu, optimum), None
+            if log is not None:
+                known = transitions(log, real_reward, terminal=terminal)
+            begun = begin(theta, first, known, options, space, evaluate, source)
+            if begun is None:
+                return TuneResult(theta, first, (), _report(None), (), waiting=True, state={})
+            search = begun
+            if on_step is not None:
+                on_step(snapshot(search, rng))
+        while not search.finished:
+            saved = snapshot(search, rng)
+            advanced = advance(search, options, space, evaluate, source)
+            if isinstance(advanced, Point):
+                theta, nu = advanced.theta, advanced.nu
+                return TuneResult(theta, nu, search.history, _report(search), search.notes, waiting=True, state=saved)
+            search = advanced
+            if on_step is not None:
+                on_step(snapshot(search, rng))
+    best, saved = search.anchor, snapshot(search, rng)
+    return TuneResult(best.theta, best.nu, search.history, _report(search), search.notes, waiting=False, state=saved)
+
+
+def _point(step: TuneStep, theta: Params, space: Space, likelihood: Likelihood | None, weight: float) -> Point:
+    """A `TuneStep` as value, gradient and known curvature in the scaled free parameters, the likelihood included."""
+    gradient = ravel({key: step.grad[key] for key in space.keys}).double() * space.scale
+    value, curvature = float(step.info["real_return"]), torch.diag(torch.zeros_like(gradient))
+    if likelihood is not None and weight > 0:
+        fit, slope, precision = log_likelihood(likelihood, space, theta)
+        value, gradient, curvature = value + weight * fit, gradient + weight * slope, weight * precision
+    finite = math.isfinite(value) and bool(torch.isfinite(gradient).all())
+    trusted = step.report.converged and finite
+    reason = "" if trusted else (step.report.status if finite else "the real return or its gradient is not finite")
+    replicates = step.info.get("value_replicates", gradient.new_zeros(0))
+    info = {key: float(item) for key, item in step.info.items() if item.numel() == 1}
+    return Point(theta, step.nu, value, gradient, curvature, replicates, trusted, reason, info)
+
+
+def _report(search: Search | None) -> SolveReport:
+    if search is None:
+        return SolveReport(False, math.inf, 0, "waiting for rollouts of the first policy")
+    slope = float(search.anchor.gradient.norm()) / max(abs(search.anchor.value), 1e-300)
+    status = search.finished if search.finished else f"waiting for rollouts of iteration {search.iteration + 1}"
+    return SolveReport(search.finished.startswith("converged"), slope, search.iteration, status)

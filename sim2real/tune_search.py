@@ -1,0 +1,207 @@
+"""The search behind `tune`: quasi-Newton steps in a trust region, as pure functions of one frozen state.
+
+An iteration takes a candidate from the model, scores it on the data already there (which also teaches the model its
+curvature), runs its policy on the real system, evaluates both ends of the step on all data, and keeps the better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from sim2real.estimators.logged_policy_gradient import jackknife_stderr
+from sim2real.estimators.transitions import Transitions, merge_transitions
+from sim2real.params import Params, ravel
+from sim2real.solve_report import UnconvergedError
+from sim2real.trust_region import bfgs_update, next_radius, predicted_gain, trust_region_step
+from sim2real.tune_state import Point, Search, Space, TuneSettings, moved, room
+
+Evaluate = Callable[[Params, Params, Transitions | None], Point]
+"""theta, nu to start from, data"""
+Gather = Callable[[Params, int], tuple[Transitions, tuple[float, float]] | None]
+"""nu, iteration -> new transitions of its policy and their mean return with its standard error; None: not there yet"""
+
+
+Likelihood = Callable[[Params], tuple[Tensor, Params, Tensor]] | tuple[Params, Tensor]
+"""theta -> (log-likelihood, gradient, Gauss-Newton matrix `[d, d]` over the raveled free parameters), or a Gaussian
+(mean, precision `[d, d]`)"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate, the step `[d]` to it from the anchor, and the gain the model promised."""
+
+    point: Point
+    step: Tensor
+    predicted: float
+
+
+def log_likelihood(likelihood: Likelihood, space: Space, theta: Params) -> tuple[float, Tensor, Tensor]:
+    """Value, gradient `[d]` and Gauss-Newton matrix `[d, d]` of the log-likelihood, in scaled free parameters."""
+    if callable(likelihood):
+        value, slope, precision = likelihood(theta)
+        gradient, fit = ravel({key: slope[key] for key in space.keys}).double(), float(value)
+    else:
+        mean, precision = likelihood
+        gap = ravel({key: theta[key].detach().double() - mean[key] for key in space.keys})
+        gradient, fit = -precision @ gap, -0.5 * float(gap @ precision @ gap)
+    return fit, gradient * space.scale, precision * space.scale * space.scale.unsqueeze(-1)
+
+
+def begin(
+    theta: Params,
+    nu: Params,
+    known: Transitions | None,
+    settings: TuneSettings,
+    space: Space,
+    evaluate: Evaluate,
+    gather: Gather | None,
+) -> Search | None:
+    """Iteration 0: the start, evaluated on the log and on rollouts of its policy; None: those are not there yet.
+
+    Raises `ValueError` when the start cannot be trusted.
+    """
+    new = gather(nu, 0) if gather is not None else None
+    if gather is not None and new is None:
+        return None
+    data, measured = (known, None) if new is None else (_joined(known, new[0]), new[1])
+    anchor = evaluate(theta, nu, data)
+    if not anchor.trusted:
+        raise ValueError(f"the start cannot be evaluated: {anchor.reason}")
+    search = Search(0, anchor, torch.zeros_like(anchor.curvature), settings.radius, measured, data)
+    row = _row(search, space, anchor, measured) | {"accepted": 1.0}
+    return _ended(replace(search, history=(row,)), settings, space)
+
+
+def advance(
+    search: Search, settings: TuneSettings, space: Space, evaluate: Evaluate, gather: Gather | None
+) -> Search | Point:
+    """The next state, or the point whose policy must run on the real system before there is one."""
+    tried, trial = _candidate(search, space, evaluate)
+    if gather is None:
+        return _decided(tried, settings, space, trial, None)
+    for _ in range(5):
+        if _improves(trial.point, search.anchor):
+            break
+        tried, trial = _candidate(replace(tried, radius=0.5 * float(trial.step.norm())), space, evaluate)
+    chosen = trial.point if _improves(trial.point, search.anchor) else search.anchor
+    new = gather(chosen.nu, search.iteration + 1)
+    if new is None:
+        return chosen
+    data = _joined(search.data, new[0])
+    anchor = evaluate(search.anchor.theta, search.anchor.nu, data)
+    tried = replace(tried, anchor=anchor, data=data)
+    if chosen is not search.anchor:
+        point = evaluate(chosen.theta, chosen.nu, data)
+        return _decided(tried, settings, space, replace(trial, point=point), new[1])
+    note = f"iteration {search.iteration + 1}: the data promised no better policy, the best one ran again"
+    again = replace(tried, iteration=search.iteration + 1, radius=0.5 * search.radius, measured=new[1])
+    row = _row(again, space, anchor, new[1]) | {"accepted": 0.0, "step_norm": 0.0}
+    return _ended(replace(again, history=(*search.history, row), notes=(*tried.notes, note)), settings, space)
+
+
+def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search, Trial]:
+    """The model's best step, evaluated on the data already there; the search learns the curvature along it."""
+    anchor, total = search.anchor, search.curvature + search.anchor.curvature
+    low, high = room(space, anchor.theta)
+    step = trust_region_step(anchor.gradient, total, search.radius, low, high)
+    theta = moved(space, anchor.theta, step)
+    try:
+        point = evaluate(theta, anchor.nu, search.data)
+    except (ValueError, UnconvergedError) as problem:  # no optimum, no stable critic, no convergence at this theta
+        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem))
+    trial = Trial(point, step, predicted_gain(anchor.gradient, total, step))
+    if not point.trusted:
+        note = f"iteration {search.iteration + 1}: refused a candidate: {point.reason}"
+        return replace(search, notes=(*search.notes, note)), trial
+    fall = (anchor.gradient - anchor.curvature @ step) - point.gradient
+    return replace(search, curvature=bfgs_update(search.curvature, step, fall)), trial
+
+
+def _improves(point: Point, anchor: Point) -> bool:
+    return point.trusted and (point.value > anchor.value or not anchor.trusted)
+
+
+def _decided(
+    search: Search, settings: TuneSettings, space: Space, trial: Trial, measured: tuple[float, float] | None
+) -> Search:
+    """Keep the candidate or return to the anchor, adapt the radius, write the history."""
+    anchor, point, iteration = search.anchor, trial.point, search.iteration + 1
+    fell = _fell(measured, search.measured, settings.confidence)
+    accepted = _improves(point, anchor) and not fell
+    gain, length = point.value - anchor.value if not fell else -math.inf, float(trial.step.norm())
+    radius = next_radius(search.radius, length, gain, trial.predicted, settings.max_radius)
+    row = _row(replace(search, iteration=iteration), space, point, measured)
+    row |= {"accepted": float(accepted), "predicted_gain": trial.predicted, "step_norm": length}
+    if point.trusted:
+        row |= {"gain": point.value - anchor.value, "gain_stderr": _paired_stderr(point, anchor)}
+    notes = search.notes
+    if point.trusted and not accepted:
+        cause = (
+            "the recorded returns fell by more than their confidence" if fell else f"the return changed by {gain:.4g}"
+        )
+        notes = (*notes, f"iteration {iteration}: step undone: {cause}")
+    kept = replace(search, anchor=point, measured=measured) if accepted else search
+    following = replace(kept, iteration=iteration, radius=radius, history=(*search.history, row), notes=notes)
+    return _ended(following, settings, space)
+
+
+def _paired_stderr(point: Point, anchor: Point) -> float:
+    if point.replicates.shape != anchor.replicates.shape or not len(point.replicates):
+        return 0.0
+    return float(jackknife_stderr(point.replicates - anchor.replicates))
+
+
+def _fell(new: tuple[float, float] | None, old: tuple[float, float] | None, confidence: float) -> bool:
+    """Whether the mean return `new` lies below `old` by more than the confidence of their difference."""
+    if new is None or old is None:
+        return False
+    return new[0] < old[0] - NormalDist().inv_cdf(confidence) * math.hypot(new[1], old[1])
+
+
+def measured_return(data: Transitions, real_discount: float) -> tuple[float, float]:
+    """Mean over episodes of the discounted return recorded, and its standard error (infinite for one episode)."""
+    weighted = data.rewards.double() * real_discount ** data.step.double()
+    totals = torch.zeros(len(data.initial_states), dtype=weighted.dtype, device=weighted.device)
+    totals = totals.index_add(0, data.episode, weighted)
+    spread = float(totals.std()) / len(totals) ** 0.5 if len(totals) > 1 else math.inf
+    return float(totals.mean()), spread
+
+
+def _joined(known: Transitions | None, new: Transitions) -> Transitions:
+    return new if known is None else merge_transitions((known, new))
+
+
+def _row(search: Search, space: Space, point: Point, measured: tuple[float, float] | None) -> dict[str, float]:
+    """What the history says of one point, at the radius it was sought with."""
+    row = {"iteration": float(search.iteration), "converged": float(point.trusted), "radius": search.radius}
+    row |= {key: value for key, value in point.info.items() if key != "value_stderr"}
+    row["gradient_norm"] = float(_inside(search, space).norm())
+    if measured is not None:
+        row |= {"measured_return": measured[0], "measured_stderr": measured[1]}
+    return row | {f"theta.{key}": float(point.theta[key]) for key in space.keys if point.theta[key].numel() == 1}
+
+
+def _inside(search: Search, space: Space) -> Tensor:
+    """The anchor's gradient without the parts that push against the box."""
+    gradient, (low, high) = search.anchor.gradient, room(space, search.anchor.theta)
+    return gradient * ~(((low >= 0) & (gradient < 0)) | ((high <= 0) & (gradient > 0)))
+
+
+def _ended(search: Search, settings: TuneSettings, space: Space) -> Search:
+    """The search with the reason why it is over, when it is."""
+    slope, allowed = float(_inside(search, space).norm()), settings.gradient_tol * abs(search.anchor.value)
+    if search.anchor.trusted and slope <= allowed:
+        finished = f"converged: the scaled gradient is {slope:.1e}, below {allowed:.1e}"
+    elif search.radius < settings.min_radius:
+        finished = f"stopped: no gain within a radius of {search.radius:.1e} in scaled units"
+    elif search.iteration >= settings.max_steps:
+        finished = f"stopped after the allowed {settings.max_steps} iterations"
+    else:
+        return search
+    return replace(search, finished=finished)

@@ -1,0 +1,186 @@
+"""The state of a tuning run: its settings, the free parameters as one scaled vector, and exact snapshots."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sim2real.bounds import Box, project
+from sim2real.estimators.transitions import Transitions
+from sim2real.params import Params, ravel, unravel
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Options of `tune`; lengths in theta are relative to `scale` (default: a tenth of the box, else of theta)."""
+
+    max_steps: int = 20
+    """iterations after the first: each runs a policy on the real system (with `collect`) or evaluates it on the log"""
+    radius: float = 0.5
+    """first trust-region radius, in scaled units"""
+    max_radius: float = 4.0
+    min_radius: float = 1e-6
+    """the search ends when the radius falls below it"""
+    confidence: float = 0.95
+    """one-sided confidence with which the recorded returns must have fallen for a step to be undone on their account"""
+    gradient_tol: float = 1e-8
+    """the search has converged when the scaled gradient (free of the box) is below this, relative to |J_real|"""
+    likelihood_weight: float = 0.0
+    """weight of the log-likelihood, in units of return per nat"""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The free parameters as x = theta / scale, `[d]`, with bounds in the same units."""
+
+    keys: tuple[str, ...]
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Point:
+    """One theta evaluated on the data: `value` = real return + weighted log-likelihood, `gradient [d]` in x."""
+
+    theta: Params
+    nu: Params
+    value: float
+    gradient: Tensor
+    curvature: Tensor
+    """`[d, d]` minus the known part of the Hessian in x (the likelihood's)"""
+    replicates: Tensor
+    """`[G]` real returns with one group of the data left out; empty when there is no noise"""
+    trusted: bool
+    reason: str
+    """why not, when not trusted"""
+    info: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything the next iteration depends on."""
+
+    iteration: int
+    anchor: Point
+    curvature: Tensor
+    radius: float
+    measured: tuple[float, float] | None
+    """mean and standard error of the discounted returns recorded when the anchor's policy last ran"""
+    data: Transitions | None
+    history: tuple[dict[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    finished: str = ""
+
+
+def tuning_space(theta: Params, box: Box, free: tuple[str, ...], scale: Params | None) -> Space:
+    """Bounds and scales of the free parameters (empty `free`: all).
+
+    The default scale is a tenth of the box, or of the root mean square of the value where the box is open.
+    Raises `ValueError` for unknown names, a theta outside the box, or scales that are not positive and finite.
+    """
+    unknown = sorted(set(free) - theta.keys())
+    if unknown:
+        raise ValueError(f"free names {unknown}, theta has {sorted(theta)}")
+    keys = free if free else tuple(theta)
+    for key in keys:
+        if not torch.equal(project(box, {key: theta[key]})[key], theta[key]):
+            raise ValueError(f"theta['{key}'] = {theta[key].tolist()} lies outside its box; project it first")
+
+    def width(key: str) -> Tensor:
+        value = theta[key].detach().double()
+        if scale is not None and key in scale:
+            return scale[key].double().expand_as(value)
+        span = box.high.get(key, float("inf")) - box.low.get(key, -float("inf"))
+        size = float(value.square().mean().sqrt()) or 1.0
+        return torch.full_like(value, 0.1 * (span if span < float("inf") else size))
+
+    scales = torch.cat([width(key).reshape(-1) for key in keys])
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise ValueError(f"scale must be positive and finite, got {scales.tolist()}")
+
+    def bound(side: dict[str, float], otherwise: float) -> Tensor:
+        full = [torch.full_like(theta[key].detach().double(), side.get(key, otherwise)).reshape(-1) for key in keys]
+        return torch.cat(full) / scales
+
+    return Space(keys, scales, bound(box.low, -float("inf")), bound(box.high, float("inf")))
+
+
+def moved(space: Space, theta: Params, step: Tensor) -> Params:
+    """theta after `step [d]`, exactly inside the bounds."""
+    inside = {key: theta[key] for key in space.keys}
+    x = ravel(inside).double() / space.scale + step
+    vector = x.clamp(space.low, space.high) * space.scale
+    return theta | {key: value.to(theta[key].dtype) for key, value in unravel(vector, inside).items()}
+
+
+def room(space: Space, theta: Params) -> tuple[Tensor, Tensor]:
+    """Bounds on a step from theta, `low <= 0 <= high` whatever the rounding."""
+    x = ravel({key: theta[key] for key in space.keys}).double() / space.scale
+    return (space.low - x).clamp(max=0.0), (space.high - x).clamp(min=0.0)
+
+
+def snapshot(search: Search, generator: torch.Generator | None) -> Params:
+    """A flat dict of tensors that `restore` turns into the same search, bit by bit."""
+    anchor = search.anchor
+    state = {f"theta.{key}": value for key, value in anchor.theta.items()}
+    state |= {f"nu.{key}": value for key, value in anchor.nu.items()}
+    tensors = {"gradient": anchor.gradient, "known_curvature": anchor.curvature, "replicates": anchor.replicates}
+    state |= tensors | {"curvature": search.curvature}
+    if search.data is not None:
+        state |= {f"data.{key}": value for key, value in vars(search.data).items()}
+    if generator is not None:
+        state["generator"] = generator.get_state()
+    record = {
+        "iteration": search.iteration,
+        "radius": search.radius,
+        "measured": search.measured,
+        "history": search.history,
+        "notes": search.notes,
+        "finished": search.finished,
+        "anchor": {"value": anchor.value, "trusted": anchor.trusted, "reason": anchor.reason, "info": anchor.info},
+    }
+    state["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def restore(state: Params, generator: torch.Generator | None) -> Search:
+    """The search of a snapshot; sets `generator` as it was. Raises `ValueError` when the snapshot does not fit."""
+    missing = {"record", "gradient", "known_curvature", "replicates", "curvature"} - state.keys()
+    if missing or (generator is not None) != ("generator" in state):
+        what = f"lacks {sorted(missing)}" if missing else "and the generator passed do not go together"
+        raise ValueError(f"the state {what}; pass a state that tune handed out, and a generator as in that run")
+    if generator is not None:
+        generator.set_state(state["generator"].cpu())
+    record = json.loads(bytes(state["record"].cpu().numpy()).decode())
+
+    def under(prefix: str) -> Params:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    data = under("data.")
+    anchor = record["anchor"]
+    point = Point(
+        theta=under("theta."),
+        nu=under("nu."),
+        value=anchor["value"],
+        gradient=state["gradient"],
+        curvature=state["known_curvature"],
+        replicates=state["replicates"],
+        trusted=anchor["trusted"],
+        reason=anchor["reason"],
+        info=anchor["info"],
+    )
+    return Search(
+        iteration=record["iteration"],
+        anchor=point,
+        curvature=state["curvature"],
+        radius=record["radius"],
+        measured=None if record["measured"] is None else (record["measured"][0], record["measured"][1]),
+        data=Transitions(**data) if data else None,
+        history=tuple(record["history"]),
+        notes=tuple(record["notes"]),
+        finished=record["finished"],
+    )

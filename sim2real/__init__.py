@@ -12,7 +12,7 @@ from sim2real.controllers import (
     with_clock,
     with_integral,
 )
-from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, select_episodes
+from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
 from sim2real.mdp import ModelMDP, Noise, sample_noise
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
 from sim2real.policy import (
@@ -78,6 +78,7 @@ __all__ = [
     "ravel",
     "rollout",
     "sample_noise",
+    "save_log",
     "select_episodes",
     "to_unbounded",
     "unravel",

@@ -1,6 +1,7 @@
 """Rollout logs: measured signals on a uniform grid, in SI units, with their provenance.
 
-`load_log` reads a file, a folder or a list of files by a schema (`sim2real.log_schema`) into a `RolloutLog`.
+`load_log` reads a file, a folder or a list of files by a schema (`sim2real.log_schema`) into a `RolloutLog`;
+`save_log` writes Parquet that `load_log` gives back bit for bit, schema included.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sim2real.clock import grid_period, read_clock
 from sim2real.delay import delayed_actions
 from sim2real.episodes import concatenate_logs, distinct_names, select_episodes
 from sim2real.log_errors import LogError
 from sim2real.log_formats import READERS, read_episodes
 from sim2real.log_schema import LogSchema, load_schema, parse_schema
+from sim2real.log_storage import is_saved_log, read_saved_log, save_log
+from sim2real.log_tables import is_lerobot
 from sim2real.log_units import conversion, time_derivative
-from sim2real.resample import GridEpisode, grid_period, read_clock, to_grid
+from sim2real.resample import GridEpisode, to_grid
 from sim2real.rollout_log import RolloutLog
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "load_log",
     "load_schema",
     "parse_schema",
+    "save_log",
     "select_episodes",
 ]
 
@@ -46,13 +51,17 @@ def load_log(
     overrides: Sequence[str] = (),
     dt: float | None = None,
 ) -> RolloutLog:
-    """Read a log: a file, a folder (each file an episode), a glob pattern, or a list of files.
+    """Read a log: a file, a folder (each file an episode), a LeRobot folder, a glob pattern, or a list of these.
 
     `schema`: a YAML file, a mapping or a `LogSchema`; None looks for `<log>.yaml` beside the file, then `schema.yaml`
     in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that grid by resampling.
-    Raises `LogError` naming the file, and the row where there is one.
+    A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where there is one.
     """
     found = _find_files(path)
+    if schema is None and found[0][0].suffix == ".parquet" and is_saved_log(found[0][0]):
+        if overrides or dt is not None:
+            raise LogError("a saved log is read as it is; overrides and dt do not apply", file=found[0][0])
+        return concatenate_logs([read_saved_log(file) for file, _ in found])
     checked = _find_schema(found[0][0], schema, overrides)
     if dt is not None:
         checked = replace(checked, dt=dt, resample=True)
@@ -82,6 +91,8 @@ def _find_files(path: Paths) -> list[tuple[Path, bool]]:
     given = Path(path)
     if given.is_file():
         return [(given, True)]
+    if given.is_dir() and is_lerobot(given):
+        return [(given, True)]
     if given.is_dir():
         files = sorted((file for file in given.iterdir() if file.suffix.lower() in READERS), key=_natural)
         if not files:
@@ -106,7 +117,7 @@ def _find_schema(
         return parse_schema(schema, overrides, source=f"the schema given for {file.name}")
     if schema is not None:
         return load_schema(schema, overrides)
-    beside = [file.with_suffix(".yaml"), file.parent / "schema.yaml"]
+    beside = [file / "schema.yaml"] if file.is_dir() else [file.with_suffix(".yaml"), file.parent / "schema.yaml"]
     for candidate in beside:
         if candidate.is_file():
             return load_schema(candidate, overrides)

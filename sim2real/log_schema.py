@@ -36,13 +36,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from sim2real.log_errors import LogError
 from sim2real.log_units import conversion, time_factor
+from sim2real.safe_yaml import parse_yaml, read_yaml
 
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 16
 _Fail = Callable[[str], LogError]
 
 
@@ -90,60 +87,6 @@ def load_schema(path: Path | str, overrides: Sequence[str] = ()) -> LogSchema:
     return parse_schema(read_yaml(Path(path)), overrides, source=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Plain YAML (no tags, no aliases, no duplicate keys, at most 1 MiB) as a dictionary. Raises `LogError`."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise LogError(f"a schema of {size} bytes; at most {_MAX_BYTES} are read", file=path)
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LogError(f"the schema is not UTF-8 text: {error}", file=path) from error
-    except OSError as error:
-        raise LogError(f"cannot read the schema: {error.strerror}", file=path) from error
-    return _safe_yaml(text, str(path))
-
-
-def _safe_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            line = event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent):
-                raise LogError("YAML aliases are not allowed in a schema", file=source, row=line, where="line")
-            if depth > _MAX_DEPTH:
-                raise LogError(f"nested deeper than {_MAX_DEPTH} levels", file=source, row=line, where="line")
-        _check_keys(yaml.compose(text, yaml.SafeLoader), source)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = None if mark is None else mark.line + 1
-        problem = getattr(error, "problem", None) or str(error)
-        raise LogError(f"not a plain YAML schema: {problem}", file=source, row=line, where="line") from error
-    except ValueError as error:  # e.g. an impossible date, which PyYAML lets through
-        if isinstance(error, LogError):
-            raise
-        raise LogError(f"not a plain YAML schema: {error}", file=source) from error
-    if not isinstance(content, dict):
-        raise LogError(f"a schema is a mapping of keys, got {type(content).__name__}", file=source)
-    return content
-
-
-def _check_keys(node: yaml.Node | None, source: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise LogError(f"the key '{key.value}' is given twice", file=source, row=line, where="line")
-            seen.add(key.value)
-            _check_keys(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value, source)
-
-
 def parse_schema(content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "schema") -> LogSchema:
     """Check a schema given as a mapping. Raises `LogError` naming the entry, what it holds and what was expected."""
     content = _with_overrides(content, overrides, source)
@@ -172,6 +115,8 @@ def parse_schema(content: Mapping[str, Any], overrides: Sequence[str] = (), *, s
         raise fail("'derivative_of' is for signals only")
     if len({entry.time for entry in actions}) > 1:
         raise fail("all actions must share one clock")
+    if column is None and any(entry.time for entry in signals + actions + exogenous):
+        raise fail("an entry has its own clock: then the log needs a main one, 'time.column'")
     return LogSchema(
         time=column,
         time_unit=unit,
@@ -333,7 +278,7 @@ def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str], source
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise LogError(f"the override '{item}' is not of the form dotted.key=value", file=source)
-        value = _safe_yaml(f"value: {text}", f"{source} (override {key})")["value"]
+        value = parse_yaml(f"value: {text}", f"{source} (override {key})")["value"]
         *parents, last = key.split(".")
         target = result
         for parent in parents:

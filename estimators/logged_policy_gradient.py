@@ -94,11 +94,9 @@ def logged_policy_gradient(
     value, gradient, state_weights = estimate(None)
     info = {
         "effective_sample_size": state_weights.sum().square() / state_weights.square().sum(),
-        "transitions": torch.tensor(float(len(data.rewards))),
-        "condition": torch.tensor(condition),
-        "bellman_radius": torch.tensor(radius),
-        "ridge": torch.tensor(ridge),
     }
+    figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
+    info |= {key: torch.tensor(figure, dtype=torch.float64) for key, figure in figures.items()}
     if groups and len(system.gram) > 1:
         left = [estimate(g) for g in range(len(system.gram))]
         info["value_replicates"], info["replicates"] = (

@@ -64,14 +64,14 @@ def predicted_gain(gradient: Tensor, curvature: Tensor, step: Tensor) -> float:
 def bfgs_update(curvature: Tensor, step: Tensor, fall: Tensor) -> Tensor:
     """B `[n, n]` after a step d along which the gradient fell by y (`fall` = gradient before - after).
 
-    A zero B starts from (y'y / y'd) I. A pair with y'd <= 1e-8 |y| |d| (no concavity along d) leaves B as it was.
+    A zero B starts from (y'd / d'd) I. A pair with y'd <= 1e-8 |y| |d| (no concavity along d) leaves B as it was.
     """
     along = float(fall @ step)
     if along <= 1e-8 * float(fall.norm() * step.norm()):
         return curvature
     if not bool(curvature.any()):
         eye = torch.eye(len(step), dtype=step.dtype, device=step.device)
-        curvature = float(fall @ fall) / along * eye
+        curvature = along / float(step @ step) * eye
     carried = curvature @ step
     updated = curvature - torch.outer(carried, carried) / (step @ carried) + torch.outer(fall, fall) / along
     return 0.5 * (updated + updated.T)

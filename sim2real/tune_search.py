@@ -124,7 +124,12 @@ def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search
 
 
 def _improves(point: Point, anchor: Point) -> bool:
-    return point.trusted and (point.value > anchor.value or not anchor.trusted)
+    """A higher value; where the change drowns in rounding, a smaller gradient."""
+    if not (point.trusted and anchor.trusted):
+        return point.trusted
+    if abs(point.value - anchor.value) <= 1e-14 * abs(anchor.value):
+        return float(point.gradient.norm()) < float(anchor.gradient.norm())
+    return point.value > anchor.value
 
 
 def _decided(

@@ -113,10 +113,10 @@ def tune_step(
     figures = {
         "real_return": real.value,
         "real_return_stderr": real.info.get("value_stderr", torch.zeros(())),
-        "residual": torch.tensor(report.residual),
+        "residual": torch.tensor(report.residual, dtype=torch.float64),
     }
     optional = {"stationarity": report.stationarity, "error_bound": report.error_bound}
-    figures |= {key: torch.tensor(value) for key, value in optional.items() if value is not None}
+    figures |= {k: torch.tensor(v, dtype=torch.float64) for k, v in optional.items() if v is not None}
     return TuneStep(best, grad, dict(real.info) | figures, report, real.grad)
 
 

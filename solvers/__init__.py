@@ -10,6 +10,7 @@ from sim2real.solvers.bellman import (
     state_transition,
     state_values,
 )
+from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.linear import cg, dense
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
@@ -20,6 +21,9 @@ __all__ = [
     "cg",
     "dense",
     "discounted_visits",
+    "implicit_argmax",
+    "implicit_fixed_point",
+    "implicit_root",
     "lyapunov",
     "mean_square_radius",
     "optimal_actions",
@@ -29,6 +33,8 @@ __all__ = [
     "q_values",
     "riccati",
     "riccati_residual",
+    "root_jvp",
+    "root_vjp",
     "state_transition",
     "state_values",
 ]

@@ -16,12 +16,13 @@ differentiable expressions again, hence derivatives of any order. Leading dimens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
+
+from sim2real.solvers.implicit import forward_rule, primals, pushforward
 
 
 class UnstableError(ValueError):
@@ -100,7 +101,8 @@ def _check_shapes(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor) -> 
 def _gain(A: Tensor, B: Tensor, R: Tensor, gamma: Tensor, noise: Tensor, P: Tensor) -> Tensor:
     g = gamma[..., None, None]
     S = R + g * (B.mT @ P @ B) + g * (noise.mT @ P.unsqueeze(-3) @ noise).sum(-3)
-    return torch.linalg.solve(S, g * (B.mT @ P @ A))
+    # not torch.linalg.solve: differentiating its forward-mode rule gives wrong numbers (pytorch/pytorch issue 192540)
+    return torch.linalg.lu_solve(*torch.linalg.lu_factor(S), g * (B.mT @ P @ A))
 
 
 def _bellman(P: Tensor, K: Tensor, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
@@ -133,10 +135,11 @@ class _Riccati(torch.autograd.Function):
         return pull(Y)
 
     @staticmethod
+    @forward_rule
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        *inputs, P = ctx.saved_tensors
+        *inputs, P = primals(ctx)
         K, closed, channels = _closed_loop(inputs, P)
-        dW = _forward_product(lambda *x: _bellman(P, K, *x), tuple(inputs), tangents)
+        dW = pushforward(lambda *x: _bellman(P, K, *x), tuple(inputs), _filled(tangents, tuple(inputs)))
         return _Lyapunov.apply(closed, dW, channels)
 
     @staticmethod
@@ -153,36 +156,32 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2], output, inputs[1])
-        ctx.save_for_forward(inputs[0], inputs[2], output, inputs[1])
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        A, noise, X, W = ctx.saved_tensors
+        A, W, noise, X = ctx.saved_tensors
         Y = _Lyapunov.apply(A.mT, grad, noise.mT)
         pull = vjp(lambda A, W, noise: _lyapunov_map(A, noise, X) + W, A, W, noise)[1]
         return pull(Y)
 
     @staticmethod
-    def jvp(ctx: Any, dA: Tensor | None, dW: Tensor | None, dnoise: Tensor | None) -> Tensor:
-        A, noise, X, W = ctx.saved_tensors
-        change = _forward_product(lambda A, W, N: _lyapunov_map(A, N, X) + W, (A, W, noise), (dA, dW, dnoise))
-        return _Lyapunov.apply(A, change, noise)
+    @forward_rule
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        *inputs, X = primals(ctx)
+        change = pushforward(
+            lambda A, W, N: _lyapunov_map(A, N, X) + W, tuple(inputs), _filled(tangents, tuple(inputs))
+        )
+        return _Lyapunov.apply(inputs[0], change, inputs[2])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
         return _Lyapunov.apply(*_leading(info.batch_size, in_dims, inputs, (2, 2, 3))), 0
 
 
-def _forward_product(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]
-) -> Tensor:
-    """Jacobian times tangents (None: zero), by transposing vjp: forward mode does not nest in a `jvp` rule."""
-    filled = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True))
-    value, pull = vjp(function, *inputs)[:2]
-    push = vjp(pull, torch.zeros_like(value))[1]
-    product: Tensor = push(filled)[0]
-    return product
+def _filled(tangents: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(x) if t is None else t for x, t in zip(like, tangents, strict=True))
 
 
 def _closed_loop(inputs: list[Tensor], P: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,94 @@
+"""Score-function gradient of the in-sim return, causal, with a baseline per step.
+
+Only the densities of what is drawn are differentiated, never the simulator's step:
+
+    grad_nu J    = E sum_t (G_t - b_t) grad_nu log pi(a_t | s_t),
+    grad_theta J = E sum_t [ (G_t - b_t) grad_theta log rho(s_{t+1} | s_t, a_t) + discount^t grad_theta r_t ],
+
+`G_t = sum_{k >= t} discount^k r_k`, b_t the mean of G_t over the other rollouts, which leaves the mean unchanged
+(Williams, Machine Learning 8 (1992) 229; Baxter and Bartlett, JAIR 15 (2001) 319; Kool et al. 2019 for b_t). Where the
+first state depends on theta, s_0 keeps its derivative in the three densities it enters.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sim2real.estimators.pathwise import check_wrt, grouped_gradient
+from sim2real.mdp import ModelMDP, Noise
+from sim2real.params import Estimate, Params
+from sim2real.policy import Policy
+from sim2real.rollout import Rollout, rollout
+
+
+def score_function_gradient(
+    mdp: ModelMDP,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    noise: Noise,
+    *,
+    wrt: Literal["nu", "theta"] = "nu",
+    groups: int = 0,
+) -> Estimate:
+    """Gradient of `expected_return` with respect to nu or theta, over two rollouts or more; black-box models too.
+
+    info: "value_stderr"; with `groups >= 2` also "stderr" `[P]` of the raveled gradient, from the spread over so many
+    groups of rollouts. Raises `ValueError` when the policy (nu) or the model (theta) has no log_prob, there are fewer
+    than two rollouts, or `wrt` or `groups` is out of range.
+    """
+    check_wrt(wrt)
+    with torch.no_grad():
+        drawn = rollout(mdp, policy, theta, nu, noise)
+    weights, rewards = _advantages(drawn, mdp.discount)
+    leaves = {key: value.detach().requires_grad_() for key, value in (nu if wrt == "nu" else theta).items()}
+    with torch.enable_grad():
+        if wrt == "nu":
+            surrogate = _policy_surrogate(policy, leaves, drawn, weights)
+        else:
+            surrogate = _model_surrogate(mdp, policy, leaves, nu, noise, drawn, weights)
+    grad, info = grouped_gradient(surrogate, leaves, groups)
+    returns = rewards.sum(1)
+    info["value_stderr"] = returns.std() / len(returns) ** 0.5
+    return Estimate(returns.mean(), grad, info)
+
+
+def _advantages(drawn: Rollout, discount: float) -> tuple[Tensor, Tensor]:
+    """`G_t - b_t` `[B, T]`, zero where masked, and `discount^t r_t`."""
+    batch, horizon = drawn.rewards.shape
+    if batch < 2:
+        raise ValueError(f"the baseline needs at least two rollouts, got {batch}")
+    steps = torch.arange(horizon, dtype=drawn.rewards.dtype, device=drawn.rewards.device)
+    rewards = drawn.rewards * discount**steps
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    others = (to_go.sum(0) - to_go) / (batch - 1)
+    alive = torch.ones_like(rewards) if drawn.mask is None else drawn.mask.to(rewards.dtype)
+    return (to_go - others) * alive, rewards
+
+
+def _policy_surrogate(policy: Policy, nu: Params, drawn: Rollout, weights: Tensor) -> Tensor:
+    total = torch.zeros_like(weights[:, 0])
+    for t in range(weights.shape[1]):
+        total = total + weights[:, t] * policy.log_prob(nu, drawn.states[:, t], drawn.actions[:, t])
+    return total
+
+
+def _model_surrogate(
+    mdp: ModelMDP, policy: Policy, theta: Params, nu: Params, noise: Noise, drawn: Rollout, weights: Tensor
+) -> Tensor:
+    if mdp.log_prob is None:
+        raise ValueError("the model declares no log_prob; use pathwise_gradient, or give the model a density")
+    alive = torch.ones_like(weights) if drawn.mask is None else drawn.mask.to(weights.dtype)
+    first = mdp.initial_state(theta, noise.initial)
+    total = torch.zeros_like(weights[:, 0])
+    if first.requires_grad:
+        total = total + weights[:, 0] * policy.log_prob(nu, first, drawn.actions[:, 0])
+    for t, e in enumerate(noise.process.unbind(1)):
+        state = first if t == 0 else drawn.states[:, t]
+        action, following = drawn.actions[:, t], drawn.states[:, t + 1]
+        total = total + weights[:, t] * mdp.log_prob(theta, state, action, following)
+        total = total + alive[:, t] * mdp.discount**t * mdp.reward(theta, state, action, e, following)
+    return total

@@ -109,7 +109,8 @@ def grid_period(raws: list[RawEpisode], clocks: list[Clock], schema: LogSchema) 
     Without `resample` every file must already be uniform at that period. Raises `LogError` otherwise.
     """
     tolerance = schema.jitter_tolerance
-    h = schema.dt if schema.dt is not None else float(np.median([clock.median for clock in clocks]))
+    median = float(np.median([clock.median for clock in clocks]))
+    h = schema.dt if schema.dt is not None else float(f"{median:.12g}")  # 0.02, not 0.020000000000000018
     for raw, clock in zip(raws, clocks, strict=True):
         if clock.jitter > tolerance and not (schema.resample and schema.dt is not None):
             message = (

@@ -61,7 +61,8 @@ def load_log(
     if schema is None and found[0][0].suffix == ".parquet" and is_saved_log(found[0][0]):
         if overrides or dt is not None:
             raise LogError("a saved log is read as it is; overrides and dt do not apply", file=found[0][0])
-        return concatenate_logs([read_saved_log(file) for file, _ in found])
+        saved = [read_saved_log(file) for file, _ in found]
+        return saved[0] if len(saved) == 1 else concatenate_logs(saved)
     checked = _find_schema(found[0][0], schema, overrides)
     if dt is not None:
         checked = replace(checked, dt=dt, resample=True)

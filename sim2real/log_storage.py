@@ -180,10 +180,11 @@ def _rebuild(table: pyarrow.Table, about: Mapping[str, Any]) -> RolloutLog:
 
     def side_by_side(kind: str, rows: int) -> Tensor:
         values = [column(f"{kind}.{name}")[:, :rows] for name in names[kind]]
-        return torch.stack(values, -1) if values else torch.zeros(batch, rows, 0, dtype=torch.float64)
+        return torch.stack(values, -1) if values else signals.new_zeros(batch, rows, 0)
 
+    signals = torch.stack([column(f"signal.{name}") for name in names["signal"]], -1)
     return RolloutLog(
-        signals=side_by_side("signal", steps + 1),
+        signals=signals,
         actions=side_by_side("action", steps),
         exogenous=side_by_side("exogenous", steps) if about["exogenous"] else None,
         mask=column("mask")[:, :steps],

@@ -174,8 +174,8 @@ def _mask(clocks: list[Clock], schema: LogSchema, grid: np.ndarray) -> np.ndarra
     """False where a step touches a gap, or a derivative there would use samples from it."""
     mask = np.ones(len(grid) - 1, dtype=bool)
     reach = max((entry.window // 2 for entry in schema.signals if entry.derivative_of), default=0)
-    for clock, i in [(clock, i) for clock in clocks for i in clock.gaps]:
-        touched = np.flatnonzero((grid[1:] > clock.times[i]) & (grid[:-1] < clock.times[i + 1]))
+    for before, after in [(one.times[i], one.times[i + 1]) for one in clocks for i in one.gaps]:
+        touched = np.flatnonzero((grid[1:] > before) & (grid[:-1] < after))
         if touched.size:
             mask[max(touched[0] - reach, 0) : touched[-1] + 1 + reach] = False
     return mask

@@ -1,15 +1,26 @@
 """Estimators: gradients of returns and sensitivities of policies."""
 
+from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.finite_difference import finite_difference_gradient
+from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.score_function import score_function_gradient
+from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
 
 __all__ = [
+    "Critic",
+    "CriticError",
+    "Transitions",
     "finite_difference_gradient",
+    "least_squares_critic",
+    "logged_policy_gradient",
     "lqr_sensitivity",
+    "merge_transitions",
     "pathwise_gradient",
     "policy_sensitivity",
+    "quadratic_features",
     "score_function_gradient",
+    "transitions",
 ]

@@ -23,6 +23,7 @@ from sim2real.policy import (
     linear_policy,
     module_policy,
 )
+from sim2real.policy_export import ExportedPolicy, PolicyExportError, export_policy, load_numpy_policy, numpy_action
 from sim2real.rollout import Rollout, discounted_return, expected_return, rollout
 from sim2real.solve_report import (
     LinearSolution,
@@ -32,10 +33,12 @@ from sim2real.solve_report import (
     UnconvergedError,
     UnconvergedWarning,
 )
+from sim2real.tuning import TuneResult, TuneSettings, TuneStep, tune, tune_step
 
 __all__ = [
     "Box",
     "Estimate",
+    "ExportedPolicy",
     "LinearSolution",
     "LogError",
     "ModelMDP",
@@ -43,10 +46,14 @@ __all__ = [
     "Optimum",
     "Params",
     "Policy",
+    "PolicyExportError",
     "Rollout",
     "RolloutLog",
     "Sensitivity",
     "SolveReport",
+    "TuneResult",
+    "TuneSettings",
+    "TuneStep",
     "UnconvergedError",
     "UnconvergedWarning",
     "append_clock",
@@ -64,14 +71,17 @@ __all__ = [
     "dot",
     "expected_return",
     "exploring_policy",
+    "export_policy",
     "from_unbounded",
     "gain_schedule_policy",
     "gaussian_policy",
     "linear_policy",
     "load_log",
+    "load_numpy_policy",
     "lqr_policy",
     "map_params",
     "module_policy",
+    "numpy_action",
     "operational_space_policy",
     "pid_policy",
     "project",
@@ -81,6 +91,8 @@ __all__ = [
     "save_log",
     "select_episodes",
     "to_unbounded",
+    "tune",
+    "tune_step",
     "unravel",
     "with_clock",
     "with_integral",

@@ -1,0 +1,37 @@
+"""Every example runs, with tiny sizes, as a program of its own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = {
+    # file: (arguments, text expected in the output, modules it needs)
+    "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_example_runs(name, tmp_path):
+    arguments, expected, modules = EXAMPLES[name]
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert expected in done.stdout
+    for argument in arguments:
+        if argument.endswith(".png"):
+            assert (tmp_path / argument).stat().st_size > 1000

@@ -8,14 +8,21 @@ A window that is not finite has error infinity.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from sim2real.log import RolloutLog
+from sim2real.delay import delayed_actions
+from sim2real.gauss_newton import objective
 from sim2real.mdp import ModelMDP
+from sim2real.misfit import Misfit, Rolled, linearize, roll_windows, start_error_growth
 from sim2real.params import Params
+from sim2real.rollout_log import RolloutLog
+from sim2real.solvers.least_squares import levenberg_marquardt
+from sim2real.unknowns import Nuisance, make_unknowns
+from sim2real.windows import Channels, WindowChoice, WindowError, Windows, cut_windows, match_channels, steps_of, subset
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,15 @@ class Evaluation:
     """`[W, R, q]`"""
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """The windows of a log simulated at given parameters."""
+
+    misfit: Misfit
+    rolled: Rolled
+    growth: Tensor
+
+
 def evaluate(
     mdp: ModelMDP,
     log: RolloutLog,
@@ -97,5 +113,128 @@ def evaluate(
     nuisance: Params | None = None,
     settings: EvaluationSettings = EvaluationSettings(),
 ) -> Evaluation:
-    """Score `theta` on `log`; `nuisance`: "delay" `[]` s and "zero" `[q]` (shared) as `fit` returns them."""
-    raise NotImplementedError
+    """Score `theta` on `log`.
+
+    nuisance, as `fit` returns it: "delay" `[]` in s; "zero" `[q]` shared, or `[B, q]` one row per episode of `log`
+    (used unless `zeros` is "estimated"); anything else in it belongs to the runs of the fit and is not used. Raises
+    `WindowError` when log and model do not go together or no window fits.
+    """
+    nuisance = {} if nuisance is None else nuisance
+    if "delay" in nuisance:
+        log = replace(log, actions=delayed_actions(log, nuisance["delay"]))
+    channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
+    windows = cut_windows(mdp, log, channels, _choice(settings))
+    if settings.zeros == "estimated":
+        zero = estimate_zeros(mdp, log, channels, theta, settings)
+    else:
+        zero = _given_zeros(nuisance, log, channels)
+    scored = _simulate(mdp, log, channels, windows, theta, zero, settings.pull)
+    return _summary(scored, log, settings, zero)
+
+
+def _choice(settings: EvaluationSettings) -> WindowChoice:
+    names = ("horizon", "stride", "first_row", "margin", "start_after", "end_before", "keep", "warmup")
+    return WindowChoice(**{name: getattr(settings, name) for name in names})
+
+
+def _given_zeros(nuisance: Params, log: RolloutLog, channels: Channels) -> Tensor:
+    shape = (len(log.names["episode"]), len(channels.signals))
+    if "zero" not in nuisance:
+        return log.signals.new_zeros(shape)
+    zero = nuisance["zero"]
+    if zero.shape not in (shape, shape[1:]):
+        raise WindowError(
+            f"nuisance['zero'] has shape {tuple(zero.shape)}; {list(channels.signals)} on {shape[0]} episodes need "
+            f"{shape[1:]} or {shape}; zeros of other runs do not carry over: estimate them (zeros='estimated')"
+        )
+    return zero.to(log.signals).expand(shape)
+
+
+def _with_zeros(
+    mdp: ModelMDP, log: RolloutLog, channels: Channels, windows: Windows, theta: Params, pull: float
+) -> Misfit:
+    """The misfit of theta with nothing unknown but the zeros of each run, in plain squares."""
+    unknowns = make_unknowns(mdp, log, channels, theta, (), Nuisance(zeros="per_run"))
+    return Misfit(mdp, log, channels, windows, unknowns, scale=None, pull=pull)
+
+
+def estimate_zeros(
+    mdp: ModelMDP, log: RolloutLog, channels: Channels, theta: Params, settings: EvaluationSettings
+) -> Tensor:
+    """Sensor zeros `[B, q]`: each run's minimise the squares over its own windows that end by `zero_until`, from 0."""
+    choice = replace(_choice(settings), horizon=settings.zero_horizon, start_after=0.0, end_before=settings.zero_until)
+    windows = cut_windows(mdp, log, channels, choice)
+    misfit = _with_zeros(mdp, log, channels, windows, theta, settings.pull)
+    finite = torch.isfinite(roll_windows(misfit, misfit.unknowns.start).residual).flatten(1).all(1)
+    if not bool(finite.any()):
+        return misfit.unknowns.start[misfit.unknowns.zero]
+    problem = objective(replace(misfit, windows=subset(windows, finite)))
+    found = levenberg_marquardt(problem, misfit.unknowns.start, tolerance=1e-10)
+    return found.x[misfit.unknowns.zero]
+
+
+def _simulate(
+    mdp: ModelMDP, log: RolloutLog, channels: Channels, windows: Windows, theta: Params, zero: Tensor, pull: float
+) -> _Scored:
+    misfit = _with_zeros(mdp, log, channels, windows, theta, pull)
+    rolled = roll_windows(misfit, zero.reshape(-1))
+    return _Scored(misfit, rolled, start_error_growth(misfit, linearize(misfit, rolled)))
+
+
+def _errors(residual: Tensor) -> Tensor:
+    """e_w `[W]` of residuals `[W, R, q]`, infinite where one is not finite."""
+    squares = residual.square().flatten(1).mean(1)
+    return torch.where(torch.isfinite(squares), squares, torch.full_like(squares, torch.inf))
+
+
+def _rmse(squares: Tensor) -> float:
+    return float(squares.mean().sqrt()) if len(squares) else float("nan")
+
+
+def _median(squares: Tensor) -> float:
+    return float(squares.sqrt().quantile(0.5)) if len(squares) else float("nan")
+
+
+def _summary(scored: _Scored, log: RolloutLog, settings: EvaluationSettings, zero: Tensor) -> Evaluation:
+    misfit, windows = scored.misfit, scored.misfit.windows
+    squares = _errors(scored.rolled.residual)
+    held = _errors(windows.warm_signals[:, -1:] - windows.measured)
+    calm = scored.growth <= settings.max_growth
+    baselines = {"hold-first-value": _rmse(held)}
+    if settings.season > 0:
+        baselines["season-before"] = _season_before(misfit, log, settings.season)
+    runs = tuple(
+        RunScore(name, _rmse(squares[own]), _median(squares[own]), int(own.sum()), _rmse(held[own]), tuple(z.tolist()))
+        for run, (name, z) in enumerate(zip(log.names["episode"], zero, strict=True))
+        for own in [windows.episode == run]
+    )
+    return Evaluation(
+        rmse=_rmse(squares),
+        median=_median(squares),
+        windows=len(squares),
+        calm_rmse=_rmse(squares[calm]),
+        calm_median=_median(squares[calm]),
+        calm_windows=int(calm.sum()),
+        hold_first=baselines["hold-first-value"],
+        baselines=baselines,
+        runs=runs,
+        signals=misfit.channels.signals,
+        unit=misfit.channels.unit,
+        dt=log.dt,
+        errors=squares.sqrt(),
+        growth=scored.growth,
+        episodes=windows.episode,
+        starts=windows.start,
+        rows=windows.rows,
+        predicted=scored.rolled.predicted,
+        measured=windows.measured,
+    )
+
+
+def _season_before(misfit: Misfit, log: RolloutLog, season: float) -> float:
+    """RMSE of repeating the value one season earlier, over the windows whose run reaches back that far."""
+    windows, back = misfit.windows, steps_of(season, log.dt, "season")
+    rows = windows.start.unsqueeze(1) + windows.rows - back
+    known = (rows >= 0).all(1)
+    before = log.signals[windows.episode[known].unsqueeze(1), rows[known]][..., misfit.channels.logged]
+    return _rmse(_errors(before - windows.measured[known]))

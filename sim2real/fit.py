@@ -14,9 +14,9 @@ from typing import Literal
 from torch import Tensor
 
 from sim2real.evaluation import Evaluation
-from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
+from sim2real.rollout_log import RolloutLog
 from sim2real.solve_report import SolveReport
 
 

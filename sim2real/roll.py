@@ -1,0 +1,249 @@
+"""Batched open-loop rolls with exact derivatives: `s_{t+1} = f(p, s_t, a_t, e_t)` for W windows over T steps.
+
+One forward roll without autograd stores the states. Then f is linearised at all W T samples in a few large batched
+calls, A_t = df/ds, B_t = df/dp (n vector-Jacobian products with one copy of p per sample), and
+
+    forward    S_{t+1} = A_t S_t + B_t           Phi_{t+1} = A_t Phi_t,  Phi_0 = I     (all parameters at once)
+    adjoint    l_t = A_t' l_{t+1} + c_t,         gradient = sum_t (df/dp)' l_{t+1}     (one product; many parameters)
+
+Everything is time-major, `[T, W, ...]`, so that a step reads contiguous memory.
+Reference: Bryson and Ho, Applied Optimal Control, 1975, section 2.2 (adjoint), 6.3 (transition matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+
+from sim2real.mdp import ModelMDP
+from sim2real.params import Params
+
+# Samples per batched step call: fewer cost calls, more cost memory (measured flat between 8e3 and 8e4 for 4 states).
+CHUNK = 16384
+_WARM_ITERATIONS = 20
+_WARM_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class StepJacobians:
+    """Derivatives of one step at M samples."""
+
+    state: Tensor
+    """`[M, n, n]`"""
+    params: Tensor
+    """`[M, n, d]`, the entries of the free parameters in order; d = 0 when none were asked for"""
+    action: Tensor | None
+    """`[M, n, m]`"""
+
+
+def roll(mdp: ModelMDP, theta: Params, start: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+    """States `[T+1, W, n]` from `start [W, n]` under `actions [T, W, m]` and `noise [T, W, k]`."""
+    if mdp.open_loop is not None:
+        return mdp.open_loop(theta, start, actions.transpose(0, 1), noise.transpose(0, 1)).transpose(0, 1)
+    states = [start]
+    for action, e in zip(actions, noise, strict=True):
+        states.append(mdp.step(theta, states[-1], action, e))
+    return torch.stack(states)
+
+
+def observe(mdp: ModelMDP, theta: Params, states: Tensor) -> Tensor:
+    """What the model observes at states `[..., n]`, `[..., p]`."""
+    return states if mdp.observe is None else mdp.observe(theta, states)
+
+
+def step_jacobians(
+    mdp: ModelMDP,
+    theta: Params,
+    free: Sequence[str],
+    states: Tensor,
+    actions: Tensor,
+    noise: Tensor,
+    *,
+    wrt_action: bool = False,
+    chunk: int = CHUNK,
+) -> StepJacobians:
+    """Linearise the step at M samples: states `[M, n]`, actions `[M, m]`, noise `[M, k]`."""
+    if mdp.derivative_order == 0:
+        raise ValueError("the model's step is a black box (derivative_order = 0); a fit needs first derivatives")
+    M, n = states.shape
+    d = sum(theta[key].numel() for key in free)
+    A, B = states.new_empty(M, n, n), states.new_empty(M, n, d)
+    C = states.new_empty(M, n, actions.shape[1]) if wrt_action else None
+    for first in range(0, M, chunk):
+        part = slice(first, min(first + chunk, M))
+        s, a = states[part].detach().requires_grad_(), actions[part].detach().requires_grad_(wrt_action)
+        copies = _copies(theta, free, len(s))
+        leaves = [s, *copies.values(), *([a] if wrt_action else [])]
+        with torch.enable_grad():
+            following = mdp.step(theta | copies, s, a, noise[part]).unbind(-1)
+        for i, component in enumerate(following):
+            pulled = _pull(component, leaves, keep=i + 1 < n)
+            A[part, i] = pulled[0]
+            if d:
+                B[part, i] = torch.cat([grad.flatten(1) for grad in pulled[1 : 1 + len(copies)]], 1)
+            if C is not None:
+                C[part, i] = pulled[-1]
+    return StepJacobians(A, B, C)
+
+
+def _copies(theta: Params, free: Sequence[str], count: int) -> Params:
+    """One copy of each free parameter per sample, so that one reverse pass gives every sample's own gradient."""
+    return {key: theta[key].detach().expand(count, *theta[key].shape).contiguous().requires_grad_() for key in free}
+
+
+def _pull(component: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
+    """Gradients `[M, ...]` of a component `[M]` with respect to each leaf; zero where it does not depend on one."""
+    if component.grad_fn is None:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    ones = torch.ones_like(component)
+    pulled = torch.autograd.grad(component, leaves, ones, retain_graph=keep, allow_unused=True, materialize_grads=True)
+    return [grad.reshape(len(ones), -1) if grad.ndim < 2 else grad for grad in pulled]
+
+
+def observe_jacobians(mdp: ModelMDP, theta: Params, free: Sequence[str], states: Tensor) -> tuple[Tensor, Tensor]:
+    """`[M, p, n]` and `[M, p, d]`: derivatives of what is observed at states `[M, n]`."""
+    M, n = states.shape
+    if mdp.observe is None:
+        return torch.eye(n).to(states).expand(M, n, n), states.new_zeros(M, n, sum(theta[k].numel() for k in free))
+    s, copies = states.detach().requires_grad_(), _copies(theta, free, M)
+    with torch.enable_grad():
+        seen = mdp.observe(theta | copies, s).unbind(-1)
+    pulled = [_pull(column, [s, *copies.values()], keep=i + 1 < len(seen)) for i, column in enumerate(seen)]
+    by_state = torch.stack([row[0] for row in pulled], 1)
+    by_params = [torch.cat([grad.flatten(1) for grad in row[1:]], 1) for row in pulled] if copies else []
+    return by_state, torch.stack(by_params, 1) if by_params else states.new_zeros(M, len(seen), 0)
+
+
+def forward_sensitivity(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`S [R, W, n, d]` and `Phi [R, W, n, n]` at the states `rows` (0 is the start), from A and B `[T, W, n, ...]`.
+
+    S_0 = 0: a start that depends on the parameters adds `Phi ds_0/dp`.
+    """
+    T, W, n, d = B.shape
+    column = {row: index for index, row in enumerate(rows)}
+    S_at, Phi_at = B.new_zeros(len(rows), W, n, d), B.new_empty(len(rows), W, n, n)
+    S, Phi = B.new_zeros(W, n, d), torch.eye(n).to(B).repeat(W, 1, 1)
+    S_next, Phi_next = torch.empty_like(S), torch.empty_like(Phi)
+    for t in range(T + 1):
+        if t in column:
+            S_at[column[t]], Phi_at[column[t]] = S, Phi
+        if t < T:
+            torch.baddbmm(B[t], A[t], S, out=S_next)
+            torch.bmm(A[t], Phi, out=Phi_next)
+            S, S_next, Phi, Phi_next = S_next, S, Phi_next, Phi
+    return S_at, Phi_at
+
+
+def tangent_roll(
+    mdp: ModelMDP, theta: Params, A: Tensor, states: Tensor, actions: Tensor, noise: Tensor, dtheta: Params, ds0: Tensor
+) -> Tensor:
+    """Change `[T+1, W, n]` of the states as theta moves along `dtheta` (a subset of its keys) and the start by ds0."""
+    T, W, n = ds0.new_empty(A.shape[:3]).shape
+    flat = (states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1))
+    step = lambda moved: mdp.step(theta | moved, *flat)
+    push = jvp(step, ({key: theta[key] for key in dtheta},), (dtheta,))[1].view(T, W, n)
+    moved = [ds0]
+    for t in range(T):
+        moved.append(torch.baddbmm(push[t].unsqueeze(-1), A[t], moved[-1].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(moved)
+
+
+def adjoint_roll(
+    mdp: ModelMDP,
+    theta: Params,
+    free: Sequence[str],
+    A: Tensor,
+    states: Tensor,
+    actions: Tensor,
+    noise: Tensor,
+    cotangent: Tensor,
+) -> tuple[Params, Tensor, Tensor]:
+    """Transpose of `tangent_roll`: gradients with respect to the free parameters, the start `[W, n]`, the actions.
+
+    cotangent `[T+1, W, n]` of the states. Costs one reverse pass however many parameters there are.
+    """
+    adjoint = cotangent.clone()
+    for t in range(len(A) - 1, -1, -1):
+        adjoint[t] += (A[t].mT @ adjoint[t + 1].unsqueeze(-1)).squeeze(-1)
+    flat_states, flat_noise = states[:-1].flatten(0, 1), noise.flatten(0, 1)
+    step = lambda p, a: mdp.step(theta | p, flat_states, a, flat_noise)
+    _, pull = vjp(step, {key: theta[key] for key in free}, actions.flatten(0, 1))
+    by_params, by_action = pull(adjoint[1:].flatten(0, 1))
+    return by_params, adjoint[0], by_action.view(actions.shape)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What determines the start state x of W windows from their first r rows, r = T_w + 1:
+
+    x minimises  sum |y(x) + zero - target|^2 + pull |x - anchor|^2,      y: what the model observes on those rows.
+    """
+
+    anchor: Tensor
+    """`[W, n]`, the zeros already taken off"""
+    target: Tensor
+    """`[r, W, q]`"""
+    columns: Tensor
+    """`[q]` which observed columns are compared"""
+    pull: float
+    zero: Tensor
+    """`[W, q]`"""
+
+
+def warm_start(mdp: ModelMDP, theta: Params, warm: WarmUp, actions: Tensor, noise: Tensor) -> Tensor:
+    """Start states `[W, n]` by Gauss-Newton, exact after one step for a model affine in its state.
+
+    actions and noise `[T_w, W, ...]`. A window that does not converge in 20 steps is returned as NaN.
+    """
+    x = warm.anchor
+    move = torch.full_like(x, torch.inf)
+    for _ in range(_WARM_ITERATIONS):
+        states = roll(mdp, theta, x, actions, noise)
+        A = step_jacobians(mdp, theta, (), states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1)).state
+        T, W, n = actions.shape[0], *x.shape
+        _, Phi = forward_sensitivity(A.unflatten(0, (T, W)), A.new_zeros(T, W, n, 0), range(T + 1))
+        C, _ = observe_jacobians(mdp, theta, (), states.flatten(0, 1))
+        G = (C[:, warm.columns].unflatten(0, (T + 1, W)) @ Phi).permute(1, 0, 2, 3).flatten(1, 2)
+        r = (observe(mdp, theta, states)[..., warm.columns] + warm.zero - warm.target).transpose(0, 1).flatten(1)
+        normal = G.mT @ G + warm.pull * torch.eye(n).to(x)
+        gradient = (G.mT @ r.unsqueeze(-1)).squeeze(-1) + warm.pull * (x - warm.anchor)
+        move = -torch.linalg.solve(normal, gradient)
+        x = x + move
+        if bool((move.abs() <= _WARM_TOLERANCE * (1 + x.abs())).all()):
+            return x
+    lost = ~(move.abs() <= _WARM_TOLERANCE * (1 + x.abs())).all(-1, keepdim=True)
+    return x.masked_fill(lost, torch.nan)
+
+
+def warm_start_jacobians(
+    mdp: ModelMDP, theta: Params, free: Sequence[str], warm: WarmUp, x: Tensor, actions: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of the start x with respect to the free parameters `[W, n, d]`, zeros `[W, n, q]` and actions.
+
+    The anchor is held; actions: `[W, n, T_w, m]`. By the implicit function theorem on the gradient F(x, p) = 0 of what
+    x minimises: dx/dp = -(dF/dx)^-1 dF/dp, with the exact second derivatives.
+    """
+    x, copies = x.detach().requires_grad_(), _copies(theta, free, len(x))
+    a, zero = actions.detach().requires_grad_(), warm.zero.detach().requires_grad_()
+    state, total = x, x.new_zeros(len(x))
+    with torch.enable_grad():
+        for t in range(len(actions) + 1):
+            seen = observe(mdp, theta | copies, state)[:, warm.columns]
+            total = total + (seen + zero - warm.target[t]).square().sum(-1) / 2
+            if t < len(actions):
+                state = mdp.step(theta | copies, state, a[t], noise[t])
+        (F,) = torch.autograd.grad(total.sum(), x, create_graph=True)
+        F = F + warm.pull * (x - warm.anchor)
+    leaves, rows = [x, zero, a, *copies.values()], []
+    for i in range(x.shape[1]):
+        grads = torch.autograd.grad(F[:, i].sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append([grads[0], grads[1], grads[2].transpose(0, 1), *(g.reshape(len(x), -1) for g in grads[3:])])
+    stacked = [torch.stack(parts, 1) for parts in zip(*rows, strict=True)]
+    solve = lambda right: -torch.linalg.solve(stacked[0], right)
+    by_params = solve(torch.cat(stacked[3:], -1)) if copies else x.new_zeros(*x.shape, 0)
+    by_action = solve(stacked[2].flatten(2)).view_as(stacked[2])
+    return by_params.detach(), solve(stacked[1]).detach(), by_action.detach()

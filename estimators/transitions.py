@@ -50,10 +50,12 @@ def transitions(
 
     `real_reward` None takes the rewards recorded. `terminal` (s' `[N, n]` -> `[N]` bool) says which successors end the
     task; without it a `Rollout` whose mask stops early has ended there, a `RolloutLog` was merely cut short.
-    Raises `ValueError` for shapes that do not match, data that are not finite, or no reward at all.
+    Raises `ValueError` for shapes that do not match, data that are not finite, no step or no reward at all.
     """
     if isinstance(log, Transitions):
         return log
+    if not isinstance(log, Rollout | RolloutLog):
+        raise TypeError(f"real data come as a Rollout, RolloutLog or Transitions, got {type(log).__name__}")
     states, recorded = (log.states, log.rewards) if isinstance(log, Rollout) else (log.signals, log.rewards)
     batch, horizon = log.actions.shape[:2]
     if states.shape[:2] != (batch, horizon + 1):
@@ -61,6 +63,8 @@ def transitions(
             f"actions of shape {tuple(log.actions.shape)} need states [B, T+1, n], got {tuple(states.shape)}"
         )
     mask = log.mask if log.mask is not None else torch.ones(batch, horizon, dtype=torch.bool, device=states.device)
+    if not bool(mask.any()):
+        raise ValueError("the log holds no real step: its mask is False everywhere")
     before, after, actions = states[:, :-1][mask], states[:, 1:][mask], log.actions[mask]
     if real_reward is not None:
         rewards = real_reward(before, actions, after)

@@ -68,9 +68,26 @@ class BuildingModel:
     initial_std: float = key(0.0, "K", "standard deviation of the start state of in-sim rollouts")
 
 
+@dataclass
+class CartpoleModel:
+    """Cart on a rail with a pole; angle 0 is upright."""
+
+    _target_: str = "sim2real.simulators.cartpole"
+    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
+    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
+    substeps: int = key(1, "", "integration steps per time step")
+    discount: float = key(1.0, "1/step", "in-sim discount")
+    initial_angle: float = key(0.0, "rad", "start angle of in-sim rollouts")
+    initial_std: float = key(0.05, "SI", "standard deviation of the start state of in-sim rollouts")
+    position_limit: float = key(_INF, "m", "an episode ends beyond")
+    angle_limit: float = key(_INF, "rad", "an episode ends beyond")
+    alive_reward: float = key(0.0, "1/s", "reward for not having ended")
+
+
 MODELS: dict[str, type] = {
     "pendulum": PendulumModel,
     "double_pendulum": DoublePendulumModel,
+    "cartpole": CartpoleModel,
     "building_rc": BuildingModel,
 }
 CUSTOM = "custom"
@@ -85,6 +102,7 @@ class LinearPolicy:
     std: float = key(0.0, "action", "standard deviation of the exploration; 0: deterministic")
     offset: bool = key(False, "", "with a constant k")
     gain: list[Any] = key([], "action/state", "start gain, rows of K; default: zeros")
+    target: list[float] = key([], "state", "the policy sees the state less this, such as [3.1416,0]; default: zeros")
 
 
 @dataclass
@@ -93,6 +111,7 @@ class MLPPolicy:
 
     kind: str = "mlp"
     hidden: list[int] = key([16], "", "widths of the hidden layers")
+    target: list[float] = key([], "state", "the policy sees the state less this; default: zeros")
     std: float = key(0.0, "action", "standard deviation of the exploration; 0: deterministic")
 
 
@@ -173,12 +192,16 @@ class DataOptions:
     """Where `tune` gets real rollouts of the policy it proposes."""
 
     mode: str = key(
-        "log", "", "log: only what `log` holds; folder: a growing log folder; callable; env: a Gymnasium id",
+        "log", "", "where real rollouts come from: `log` alone, a growing folder, a function or Gymnasium",
         choices=("log", "folder", "callable", "env"),
     )  # fmt: skip
+    folder: str | None = key(None, "", "data.mode=folder: where logs of the exported policy arrive", path=True)
     callable: str | None = key(None, "", "data.mode=callable: function (policy, nu, iteration, generator) -> Rollout")
-    env: str | None = key(None, "", "data.mode=env: Gymnasium id")
-    rollouts: int = key(8, "", "rollouts per iteration (callable, env)")
+    env: str | None = key(None, "", "data.mode=env: Gymnasium id; its observation is the model's state")
+    rollouts: int = key(8, "", "rollouts per iteration")
+    exploration: float = key(
+        0.0, "action", "data.mode=env: standard deviation of noise added to a deterministic policy"
+    )
 
 
 @dataclass
@@ -188,11 +211,11 @@ class FitConfig:
     log: Any = key(MISSING, "", "file, folder or [list] of files: CSV, NPZ, HDF5, Parquet, .mat", path=True)
     schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
     columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     out: str = key("runs/fit", "", "output folder", path=True)
     leave_out: list[str] = key([], "", "episodes kept out of the fit and scored")
     theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE: start value; default: the design value")
     fit: FitOptions = field(default_factory=FitOptions)
-    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     seed: int = key(0, "", "seed of everything random")
     threads: int = key(1, "", "torch threads")
     resume: bool = key(True, "", "continue an interrupted run found in `out`; false: start again")
@@ -208,10 +231,10 @@ class EvaluateConfig:
     schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
     columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
     theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE replaces a value")
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     episodes: list[str] = key([], "", "episodes to score; default: all")
     nuisance: bool = key(True, "", "use the fitted delay and shared zeros of `params`")
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     threads: int = key(1, "", "torch threads")
 
 
@@ -219,10 +242,11 @@ class EvaluateConfig:
 class TuneConfig:
     """sim2real tune: simulator parameters for the real return of the policy trained in the simulator."""
 
-    log: Any = key(None, "", "real rollouts already there; with data.mode=folder: the folder that grows", path=True)
+    log: Any = key(None, "", "real rollouts already there: file, folder or [list] of files", path=True)
     schema: str | None = key(None, "", "YAML file that names columns and units; schema.KEY=VALUE changes it", path=True)
     columns: list[str] = key([], "", "the same as [schema.KEY=VALUE, ...]")
     params: str | None = key(None, "", "params.json of a fit: start values and model", path=True)
+    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     out: str = key("runs/tune", "", "output folder", path=True)
     theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE: start value")
     free: list[str] = key([], "", "parameters to tune; default: all")
@@ -232,7 +256,6 @@ class TuneConfig:
     batch: int = key(64, "", "in-sim rollouts")
     data: DataOptions = field(default_factory=DataOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
-    model: Any = key(None, "", "the simulator: NAME, or model._target_=package.function", group="model")
     policy: Any = key("linear", "", "the policy: linear or mlp", group="policy")
     seed: int = key(0, "", "seed of everything random")
     threads: int = key(1, "", "torch threads")

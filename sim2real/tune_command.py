@@ -1,0 +1,309 @@
+"""What `sim2real tune` does: repeat `tune_step` on rollouts from a log, a growing folder, a function or Gymnasium."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from sim2real.checkpoint import write_atomic
+from sim2real.commands import (
+    ExitCode,
+    Outcome,
+    Progress,
+    check_names,
+    identity,
+    library_values,
+    make_model,
+    model_dt,
+    provenance,
+    read_log,
+    start_values,
+)
+from sim2real.conf import LinearPolicy, TuneConfig
+from sim2real.conf.compose import UsageError, resolve_function
+from sim2real.gym import record_rollout
+from sim2real.log import RolloutLog, load_log
+from sim2real.log_formats import READERS
+from sim2real.mdp import ModelMDP, sample_noise
+from sim2real.parameter_file import ParameterSet, finite_json, read_parameters, write_parameters
+from sim2real.params import Params
+from sim2real.policy import Policy, linear_policy, module_policy
+from sim2real.policy_export import export_policy
+from sim2real.report import tune_report
+from sim2real.rollout import Rollout
+from sim2real.tuning import Collect, RealReward, TuneResult, TuneSettings, tune
+from sim2real.workspace import Workspace, open_workspace, save_snapshot, write_log_line
+
+
+class DataError(ValueError):
+    """Real rollouts cannot be used, or there is no source of them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything `tune` needs, built from a configuration."""
+
+    mdp: ModelMDP
+    spec: dict[str, Any]
+    theta: Params
+    free: tuple[str, ...]
+    policy: Policy
+    nu: Params
+    module: nn.Module | None
+    target: Tensor
+    """`[n]`: the policy sees the state less this"""
+    log: RolloutLog | None
+    given: ParameterSet | None
+
+
+def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -> Outcome:
+    """Tune, then write params.json, policy/, report.html and tune.log into `config.out`."""
+    task = _task(config)
+    with open_workspace(Path(config.out), identity("tune", config, task.log), resume=config.resume) as workspace:
+        result = _run(workspace, config, task, progress)
+        folder = workspace.folder
+        _export(folder / "policy", task, result.nu)
+        parameters = _parameters(result, task, provenance("tune", config, words, task.log))
+        write_parameters(folder, parameters)
+        likelihood = _gaussian(task.given, task.free)
+        write_atomic(folder / "report.html", tune_report(result, parameters, likelihood).encode())
+        message = _message(config, result)
+        write_log_line(folder, "tune.log", message.replace("\n", " "))
+    code: ExitCode = 4 if result.waiting else 0 if result.report.converged or not config.strict else 3
+    document = {**vars(parameters), "out": config.out, "waiting": result.waiting, "history": list(result.history)}
+    return Outcome(code, finite_json(document), message, result)
+
+
+def _task(config: TuneConfig) -> Task:
+    given = None if config.params is None else read_parameters(Path(config.params))
+    dt = model_dt(config.model) or (given.model.get("dt") if given else None)
+    log = None if config.log is None else read_log(config, dt)
+    mdp, spec = make_model(config.model, given, dt if log is None else log.dt)
+    theta = start_values(mdp, config.theta, given)
+    check_names("free", config.free, tuple(theta))
+    states = mdp.names.get("state", ())
+    if log is not None and log.names["signal"] != states:
+        raise DataError(
+            f"the log has the signals {log.names['signal']}, the policy needs the model's states {states}: "
+            f"name and derive them in the schema"
+        )
+    target = torch.tensor(config.policy.target or [0.0] * len(states), dtype=torch.float64)
+    if target.shape != (len(states),):
+        raise UsageError(f"policy.target has {len(target)} entries, the state has {len(states)}: {states}")
+    policy, nu, module = _policy(config, len(states), len(mdp.names.get("action", ())))
+    free = tuple(config.free or theta)
+    return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, log, given)
+
+
+def _policy(config: TuneConfig, n: int, m: int) -> tuple[Policy, Params, nn.Module | None]:
+    """The policy, its start parameters and the module behind it; an MLP starts from `config.seed`."""
+    chosen = config.policy
+    if isinstance(chosen, LinearPolicy):
+        gain = torch.tensor(chosen.gain or [[0.0] * n] * m, dtype=torch.float64)
+        if gain.shape != (m, n):
+            raise UsageError(f"policy.gain has shape {list(gain.shape)}; {m} actions and {n} states need [{m}, {n}]")
+        nu = {"gain": gain, "offset": torch.zeros(m, dtype=torch.float64)} if chosen.offset else {"gain": gain}
+        return linear_policy(m, std=chosen.std), nu, None
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        widths = [n, *chosen.hidden]
+        layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+        module = nn.Sequential(*layers, nn.Linear(widths[-1], m)).double()
+    nu = {name: value.detach() for name, value in module.named_parameters()}
+    return module_policy(module, std=chosen.std), nu, module
+
+
+def _shifted(policy: Policy, target: Tensor) -> Policy:
+    """The policy that sees the state less `target [n]`."""
+    return Policy(
+        lambda nu, state, e: policy.act(nu, state - target, e),
+        lambda nu, state, action: policy.log_prob(nu, state - target, action),
+        policy.noise_dim,
+    )
+
+
+def _export(folder: Path, task: Task, nu: Params) -> None:
+    """Write the policy for the real controller: a function of the state itself, the target folded in."""
+    if task.module is None:
+        offset = nu["gain"] @ task.target + nu.get("offset", torch.zeros(len(nu["gain"]), dtype=torch.float64))
+        nu = {"gain": nu["gain"], "offset": offset}
+    else:
+        nu = {**nu, "0.bias": nu["0.bias"] - nu["0.weight"] @ task.target}
+    names = task.mdp.names
+    export_policy(folder, nu, task.module, state_names=names.get("state", ()), action_names=names.get("action", ()))
+
+
+def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progress) -> TuneResult:
+    found, folder = workspace.snapshot, workspace.folder
+    done = 0 if found is None else int(found.record["steps"])
+    settings = TuneSettings(**library_values(config.tune, TuneSettings))
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = max(1, round(config.horizon / task.mdp.dt))
+    noise = sample_noise(task.mdp, task.policy, config.batch, steps, generator)
+    write_log_line(folder, "tune.log", f"resumed after iteration {done}" if found else "started")
+
+    def on_step(state: Params) -> None:
+        nonlocal done
+        done += 1
+        save_snapshot(workspace, state, steps=done)
+        write_log_line(folder, "tune.log", f"iteration {done}")
+        progress(done, settings.max_steps, "")
+
+    return tune(
+        task.mdp,
+        task.policy,
+        task.theta,
+        task.nu,
+        task.log,
+        noise,
+        real_reward=_reward(config, task),
+        real_discount=config.discount,
+        collect=_collect(config, task, workspace),
+        settings=settings,
+        box=task.mdp.box,
+        free=task.free,
+        likelihood=_gaussian(task.given, task.free) if settings.likelihood_weight else None,
+        generator=generator,
+        on_step=on_step,
+        state=None if found is None else found.tensors,
+    )
+
+
+def _reward(config: TuneConfig, task: Task) -> RealReward:
+    """The user's function, or the model's own reward at the start values."""
+    if config.reward is not None:
+        return resolve_function(config.reward, "reward")
+    mdp, theta = task.mdp, task.theta
+
+    def reward(state: Tensor, action: Tensor, following: Tensor) -> Tensor:
+        return mdp.reward(theta, state, action, state.new_zeros(state.shape[0], mdp.noise_dims[1]), following)
+
+    return reward
+
+
+def _collect(config: TuneConfig, task: Task, workspace: Workspace) -> Collect | None:
+    data = config.data
+    if data.mode == "callable":
+        if data.callable is None:
+            raise UsageError("data.mode=callable needs data.callable=package.function")
+        return resolve_function(data.callable, "data.callable")
+    if data.mode == "env":
+        return _environment(config, task)
+    if data.mode == "folder":
+        return _growing_folder(config, task, workspace)
+    if task.log is None:
+        raise UsageError("data.mode=log needs log=...; or choose data.mode=folder, callable or env")
+    return None
+
+
+def _environment(config: TuneConfig, task: Task) -> Collect:
+    """Rollouts of a Gymnasium environment, seeded by iteration so that a resumed run sees the same ones."""
+    if config.data.env is None:
+        raise UsageError("data.mode=env needs data.env=ID")
+    try:
+        env = gymnasium.make(config.data.env)
+    except gymnasium.error.Error as error:
+        raise UsageError(f"data.env={config.data.env}: {error}") from error
+    steps = max(1, round(config.horizon / task.mdp.dt))
+
+    def collect(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
+        def act(state: Tensor) -> Tensor:
+            e = torch.randn(1, policy.noise_dim, dtype=torch.float64, generator=generator)
+            action = policy.act(nu, state, e)
+            return action + config.data.exploration * torch.randn(
+                action.shape, dtype=torch.float64, generator=generator
+            )
+
+        seed = config.seed + 1 + iteration * config.data.rollouts
+        return record_rollout(env, act, episodes=config.data.rollouts, max_steps=steps, seed=seed)
+
+    return collect
+
+
+def _growing_folder(config: TuneConfig, task: Task, workspace: Workspace) -> Collect:
+    """New files of `data.folder` are rollouts of the policy exported last; which were used when is kept on disk."""
+    if config.data.folder is None:
+        raise UsageError("data.mode=folder needs data.folder=PATH, where new rollouts arrive")
+    arrivals, record = Path(config.data.folder), workspace.folder / "batches.json"
+    arrivals.mkdir(parents=True, exist_ok=True)
+
+    def collect(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> RolloutLog | None:
+        batches: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
+        used = {name for names in batches.values() for name in names}
+        found = sorted(f.name for f in arrivals.iterdir() if f.suffix.lower() in READERS and f.name not in used)
+        if not record.exists():
+            if found:
+                raise DataError(
+                    f"'{arrivals}' holds {len(found)} logs before any policy was exported (first: {found[0]}); "
+                    f"pass them as log=... and let data.folder be an empty folder"
+                )
+            write_atomic(record, b"{}")
+        names = batches.get(str(iteration), found)
+        if not names:
+            return None
+        log = load_log([arrivals / name for name in names], config.schema, overrides=config.columns, dt=task.mdp.dt)
+        write_atomic(record, json.dumps({**batches, str(iteration): names}).encode())
+        return log
+
+    return collect
+
+
+def _gaussian(given: ParameterSet | None, free: Sequence[str]) -> tuple[Params, Tensor] | None:
+    """Mean and precision of the fit's estimate over `free`; None without a fit. What it left open weighs nothing."""
+    kept = {} if given is None else given.report.get("covariance", {})
+    if given is None or not kept:
+        return None
+    places = [kept["names"].index(name) if name in kept["names"] else None for name in free]
+    full = torch.tensor([[0.0 if v is None else v for v in row] for row in kept["matrix"]], dtype=torch.float64)
+    precision = torch.zeros(len(free), len(free), dtype=torch.float64)
+    known = [k for k, place in enumerate(places) if place is not None]
+    chosen = torch.tensor([places[k] for k in known])
+    inverse = torch.linalg.pinv(full[chosen][:, chosen], hermitian=True, rtol=1e-12)
+    precision[torch.tensor(known).unsqueeze(1), torch.tensor(known)] = inverse
+    mean = {name: torch.tensor(given.parameters[name]["value"], dtype=torch.float64) for name in free}
+    return mean, precision
+
+
+def _parameters(result: TuneResult, task: Task, origin: dict[str, Any]) -> ParameterSet:
+    rows = {
+        name: {
+            "value": value.tolist(),
+            "unit": task.mdp.box.unit.get(name, ""),
+            "initial": task.theta[name].tolist(),
+            "tuned": name in task.free,
+        }
+        for name, value in result.theta.items()
+    }
+    nuisance = {} if task.given is None else task.given.nuisance
+    report = {k: v for k, v in vars(result.report).items() if k in ("converged", "steps", "status", "residual")}
+    report["names"] = {key: list(task.mdp.names.get(key, ())) for key in ("state", "action")}
+    report["policy"] = {name: value.tolist() for name, value in result.nu.items()}
+    return ParameterSet("tune", task.spec, rows, nuisance, report, result.notes, origin)
+
+
+def _message(config: TuneConfig, result: TuneResult) -> str:
+    report = Path(config.out) / "report.html"
+    if result.waiting:
+        policy = Path(config.out) / "policy"
+        return (
+            f"waiting for real rollouts of the new policy:\n"
+            f"  1. run the policy in '{policy}' on the real system ({config.data.rollouts} rollouts,"
+            f" with varied starts and some noise on the action)\n"
+            f"  2. put the logs into '{config.data.folder}'\n"
+            f"  3. run the same command again\nreport so far: {report}"
+        )
+    kept = [record for record in result.history if record.get("accepted")]
+    gain = ""
+    if kept:
+        first, last = (record.get("measured_return", record["real_return"]) for record in (kept[0], kept[-1]))
+        gain = f"; real return {first:.5g} -> {last:.5g}"
+    state = "converged" if result.report.converged else "ended"
+    return f"{state} after {len(result.history)} iterations ({result.report.status}){gain}; report: {report}"

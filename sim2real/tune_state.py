@@ -34,7 +34,7 @@ class TuneSettings:
 
 @dataclass(frozen=True)
 class Space:
-    """The free parameters as x = theta / scale, `[d]`, with bounds in the same units."""
+    """The free parameters as x = theta / scale, `[d]`; the bounds are those of theta."""
 
     keys: tuple[str, ...]
     scale: Tensor
@@ -104,23 +104,23 @@ def tuning_space(theta: Params, box: Box, free: tuple[str, ...], scale: Params |
 
     def bound(side: dict[str, float], otherwise: float) -> Tensor:
         full = [torch.full_like(theta[key].detach().double(), side.get(key, otherwise)).reshape(-1) for key in keys]
-        return torch.cat(full) / scales
+        return torch.cat(full)
 
     return Space(keys, scales, bound(box.low, -float("inf")), bound(box.high, float("inf")))
 
 
 def moved(space: Space, theta: Params, step: Tensor) -> Params:
-    """theta after `step [d]`, exactly inside the bounds."""
+    """theta after `step [d]` in x, exactly inside the bounds."""
     inside = {key: theta[key] for key in space.keys}
-    x = ravel(inside).double() / space.scale + step
-    vector = x.clamp(space.low, space.high) * space.scale
+    vector = (ravel(inside).double() + step * space.scale).clamp(space.low, space.high)
     return theta | {key: value.to(theta[key].dtype) for key, value in unravel(vector, inside).items()}
 
 
 def room(space: Space, theta: Params) -> tuple[Tensor, Tensor]:
-    """Bounds on a step from theta, `low <= 0 <= high` whatever the rounding."""
-    x = ravel({key: theta[key] for key in space.keys}).double() / space.scale
-    return (space.low - x).clamp(max=0.0), (space.high - x).clamp(min=0.0)
+    """Bounds on a step in x from theta, `low <= 0 <= high` whatever the rounding."""
+    vector = ravel({key: theta[key] for key in space.keys}).double()
+    low, high = (space.low - vector) / space.scale, (space.high - vector) / space.scale
+    return low.clamp(max=0.0), high.clamp(min=0.0)
 
 
 def snapshot(search: Search, generator: torch.Generator | None) -> Params:

@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(outcome.document, ensure_ascii=False))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         for table in tables(outcome.result):
             console.print(table)
     _say(outcome.message)

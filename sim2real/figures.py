@@ -205,9 +205,7 @@ def growth_figure(fitted: Evaluation, initial: Evaluation, *, max_growth: float 
             keep = np.isfinite(part.errors.numpy()) & np.isfinite(part.growth.numpy()) & (part.errors.numpy() > 0)
             x, y = part.growth.numpy()[keep], part.errors.numpy()[keep]
             ax.scatter(x, y, s=14, color=color, marker=marker, alpha=0.7, label=name, linewidths=1.0)
-        ax.axvline(max_growth, color=RED, lw=1.2, ls=":")
-        ax.text(max_growth, 0.98, " left out of the calm figures ", color=RED, fontsize=8, va="top",
-                transform=ax.get_xaxis_transform())  # fmt: skip
+        ax.axvline(max_growth, color=RED, lw=1.2, ls=":", label="limit of the calm figures")
         log_axis(ax, "x")
         log_axis(ax, "y")
         ax.set_xlabel("growth of a start error over the window [1]")

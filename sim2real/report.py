@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sim2real.evaluation import Evaluation
 from sim2real.figures import fit_figures
-from sim2real.fit import Comparison, FitResult, ParameterRow
+from sim2real.fit import Comparison, FitResult
+from sim2real.fit_facts import ParameterRow
 from sim2real.parameter_file import ParameterSet
 from sim2real.tune_figures import Gaussian, log_likelihood, measured, tune_figures
 from sim2real.tuning import TuneResult

@@ -148,8 +148,8 @@ class FitOptions:
     priors: dict[str, Any] = key({}, "parameter", "fit.priors.NAME=[mean,std]")
     prior_width: float = key(1.0, "box", "standard deviation of the other priors, in widths of the box; 0: none")
     max_steps: int = key(50, "", "most Levenberg-Marquardt steps")
-    tolerance: float = key(1e-8, "1", "stop when a step promises a smaller relative decrease of the loss")
-    block: float = key(2.0, "s", "length of the blocks that the intervals delete")
+    tolerance: float = key(1e-6, "1", "stop when a step promises a smaller relative decrease of the loss")
+    block: float = key(2.0, "s", "shortest block of windows that the intervals delete")
 
 
 @dataclass

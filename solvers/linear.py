@@ -97,6 +97,8 @@ def _cg_run(
         product = apply(p) + damping * p
         square = (p * p).sum(1)
         curvature = (p * product).sum(1) / square.where(active, torch.ones_like(square))
+        if not bool(torch.isfinite(curvature).all()):
+            raise ValueError(f"matvec returned values that are not finite, at step {len(alphas) + 1} of CG")
         lowest = min(lowest, float((curvature - damping)[active].min()))
         if bool((active & (curvature <= 0)).any()):
             indefinite = True
@@ -190,14 +192,14 @@ def _solve_symmetric(system: Tensor, rhs: Tensor, damping: float) -> tuple[Tenso
     """x, extreme eigenvalues of the undamped operator and a status, for `system [R, P, P]`."""
     values, vectors = torch.linalg.eigh(system)
     extremes = (float(values[:, 0].min()) - damping, float(values[:, -1].max()) - damping)
-    factor, failures = torch.linalg.cholesky_ex(system)
-    if not bool((failures > 0).any()):
+    scale, least = values.abs().amax(1), torch.finfo(rhs.dtype).eps * values.shape[1]
+    if bool((values[:, 0] > least * scale).all()):
+        factor = torch.linalg.cholesky(system)
         return torch.cholesky_solve(rhs[..., None], factor)[..., 0], extremes, "Cholesky factorisation"
-    scale = values.abs().amax(1, keepdim=True)
-    keep = values.abs() > torch.finfo(rhs.dtype).eps * values.shape[1] * scale
+    keep = values.abs() > least * scale[:, None]
     inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), torch.zeros_like(values))
     x = (vectors @ (inverse[..., None] * (vectors.mT @ rhs[..., None])))[..., 0]
-    kind = "indefinite" if bool((values[:, 0] < -torch.finfo(rhs.dtype).eps * scale[:, 0]).any()) else "singular"
+    kind = "indefinite" if bool((values[:, 0] < -least * scale).any()) else "singular"
     return x, extremes, f"A + {damping:g} I is {kind}: solved by its eigenvectors"
 
 

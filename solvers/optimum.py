@@ -43,8 +43,15 @@ class _Model:
     fall: float
     lowest: float
     largest: float
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Ritz values of the Hessian of the cost: the lowest with its direction, and the largest magnitude."""
+
+    lowest: float
+    largest: float
     direction: Tensor
-    """along which `lowest` was met"""
 
 
 def policy_optimum(
@@ -92,20 +99,21 @@ def _evaluate(cost: Callable[[Tensor], Tensor], x: Tensor) -> _Point:
 
 
 def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_steps: int) -> tuple[_Point, SolveReport]:
-    radius, first, largest = max(1.0, float(point.x.norm())), float(point.gradient.norm()), 0.0
+    radius, first, largest = max(1.0, float(point.x.norm())), 0.0, 0.0
     status, steps = f"not stationary after the allowed {max_steps} steps", 0
     for steps in range(max_steps + 1):
         size = float(point.gradient.norm())
-        model = _model(point, radius, min(0.1, (size / first) ** 0.5) if size > 0 else 0.1)
+        first = max(first, size)
+        model = _model(point, radius, min(0.1, (size / first) ** 0.5) if first > 0 else 0.1)
         largest = max(largest, model.largest)
         if size <= tol * largest * max(1.0, float(point.x.norm())):
             point = _polish(cost, point)
-            probe = _probe(point)
-            largest = max(largest, probe.largest)
-            if probe.lowest >= -_SADDLE * largest:
-                return point, _report(point, probe, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
+            spectrum = _spectrum(point)
+            largest = max(largest, spectrum.largest)
+            if spectrum.lowest >= -_SADDLE * largest:
+                return point, _report(point, spectrum, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
             status = "stopped at a saddle: -J curves the wrong way"
-            trial = min((_evaluate(cost, point.x + s * radius * probe.direction) for s in (1, -1)), key=_cost_or_inf)
+            trial = min((_evaluate(cost, point.x + s * radius * spectrum.direction) for s in (1, -1)), key=_cost_or_inf)
             point, radius = (trial, radius) if trial.cost < point.cost else (point, 0.25 * radius)
             continue
         if steps == max_steps:
@@ -123,31 +131,28 @@ def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_ste
             radius = 2.0 * radius
         if rounding or fall > 1e-4 * model.fall:
             point = trial
-    return point, _report(point, _probe(point), steps, False, status)
+    return point, _report(point, _spectrum(point), steps, False, status)
 
 
 def _cost_or_inf(point: _Point) -> float:
     return point.cost if point.cost == point.cost else float("inf")
 
 
-def _model(point: _Point, radius: float, forcing: float, gradient: Tensor | None = None) -> _Model:
+def _model(point: _Point, radius: float, forcing: float) -> _Model:
     """Truncated CG to `forcing` times the gradient norm, cut at the radius or at negative curvature."""
-    r = point.gradient if gradient is None else gradient
+    r = point.gradient
     step, hs, p = torch.zeros_like(r), torch.zeros_like(r), -r
-    lowest, largest, direction, start = float("inf"), 0.0, p, r
+    lowest, largest = float("inf"), 0.0
     goal = forcing * float(r.norm())
     for _ in range(min(2 * r.numel(), 200) if goal > 0 else 0):
         hp = point.product(p)
         square, curvature = float(p @ p), float(p @ hp)
-        largest = max(largest, abs(curvature) / square)
-        if curvature / square < lowest:
-            lowest, direction = curvature / square, p / square**0.5
+        lowest, largest = min(lowest, curvature / square), max(largest, abs(curvature) / square)
         alpha = float(r @ r) / curvature if curvature > 0 else float("inf")
         if not float((step + alpha * p).norm()) < radius:
-            if radius < float("inf"):
-                sp, ss = float(step @ p), float(step @ step)
-                alpha = (-sp + (sp * sp + square * (radius * radius - ss)) ** 0.5) / square
-                step, hs = step + alpha * p, hs + alpha * hp
+            sp, ss = float(step @ p), float(step @ step)
+            alpha = (-sp + (sp * sp + square * (radius * radius - ss)) ** 0.5) / square
+            step, hs = step + alpha * p, hs + alpha * hp
             break
         step, hs = step + alpha * p, hs + alpha * hp
         following = r + alpha * hp
@@ -155,20 +160,31 @@ def _model(point: _Point, radius: float, forcing: float, gradient: Tensor | None
             break
         p = -following + float(following @ following) / float(r @ r) * p
         r = following
-    fall = -float(start @ step) - 0.5 * float(step @ hs)
-    return _Model(step, fall, lowest, largest, direction)
+    return _Model(step, -float(point.gradient @ step) - 0.5 * float(step @ hs), lowest, largest)
 
 
-def _probe(point: _Point) -> _Model:
-    """The curvatures met from a fixed pseudo-random start, which sees the directions the gradient does not."""
+def _spectrum(point: _Point) -> _Spectrum:
+    """Lanczos with full orthogonalisation from a fixed pseudo-random start; exact up to 40 parameters."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(point.x.numel(), generator=generator, dtype=point.x.dtype).to(point.x.device)
-    return _model(point, float("inf"), 1e-10, start)
+    q = torch.randn(point.x.numel(), generator=generator, dtype=point.x.dtype).to(point.x.device)
+    basis, images = [q / q.norm()], [point.product(q / q.norm())]
+    while len(basis) < min(q.numel(), 40):
+        vectors = torch.stack(basis)
+        q = images[-1] - vectors.T @ (vectors @ images[-1])
+        q = q - vectors.T @ (vectors @ q)
+        if float(q.norm()) <= 1e-12 * float(images[-1].norm()):
+            break
+        basis.append(q / q.norm())
+        images.append(point.product(basis[-1]))
+    vectors, products = torch.stack(basis), torch.stack(images)
+    projected = vectors @ products.T
+    values, coordinates = torch.linalg.eigh(0.5 * (projected + projected.T))
+    return _Spectrum(float(values[0]), float(values[-1].abs().max(values[0].abs())), coordinates[:, 0] @ vectors)
 
 
 def _polish(cost: Callable[[Tensor], Tensor], point: _Point) -> _Point:
     """One Newton step more, which costs little and takes the last digits; kept only if the gradient shrinks."""
-    trial = _evaluate(cost, point.x + _model(point, float("inf"), 1e-10).step)
+    trial = _evaluate(cost, point.x + _model(point, max(1.0, float(point.x.norm())), 1e-10).step)
     return trial if float(trial.gradient.norm()) < float(point.gradient.norm()) else point
 
 
@@ -205,14 +221,14 @@ def _lbfgs(cost: Callable[[Tensor], Tensor], point: _Point, max_steps: int) -> _
     return point
 
 
-def _report(point: _Point, probe: _Model, steps: int, converged: bool, status: str) -> SolveReport:
+def _report(point: _Point, spectrum: _Spectrum, steps: int, converged: bool, status: str) -> SolveReport:
     size = float(point.gradient.norm())
     return SolveReport(
         converged=converged,
         residual=size,
         steps=steps,
-        status=f"{status}: gradient norm {size:.1e}, largest curvature {probe.largest:.1e}",
-        negative_curvature=probe.lowest if probe.lowest < 0 else None,
+        status=f"{status}: gradient norm {size:.1e}, largest curvature {spectrum.largest:.1e}",
+        negative_curvature=spectrum.lowest if spectrum.lowest < -1e-14 * spectrum.largest else None,
         stationarity=size,
-        eigenvalues=(probe.lowest, probe.largest) if probe.lowest <= probe.largest else None,
+        eigenvalues=(spectrum.lowest, spectrum.largest),
     )

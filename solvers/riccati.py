@@ -101,8 +101,9 @@ def _check_shapes(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor) -> 
 def _gain(A: Tensor, B: Tensor, R: Tensor, gamma: Tensor, noise: Tensor, P: Tensor) -> Tensor:
     g = gamma[..., None, None]
     S = R + g * (B.mT @ P @ B) + g * (noise.mT @ P.unsqueeze(-3) @ noise).sum(-3)
-    # not torch.linalg.solve: differentiating its forward-mode rule gives wrong numbers (pytorch/pytorch issue 192540)
-    return torch.linalg.lu_solve(*torch.linalg.lu_factor(S), g * (B.mT @ P @ A))
+    # not torch.linalg.solve or lu_solve: their derivatives are wrong in nested forward mode (pytorch/pytorch issue
+    # 192540) and under vmap of a Jacobian
+    return torch.linalg.inv(S) @ (g * (B.mT @ P @ A))
 
 
 def _bellman(P: Tensor, K: Tensor, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:

@@ -8,16 +8,24 @@ r_wj: model minus log at the j-th of the R scored samples of window w, started f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from sim2real.evaluation import Evaluation
+from sim2real.episodes import select_episodes
+from sim2real.evaluation import Evaluation, EvaluationSettings, evaluate
+from sim2real.fit_facts import ParameterRow, fit_facts
+from sim2real.fit_search import search, without_effect
 from sim2real.mdp import ModelMDP
+from sim2real.misfit import Misfit, linearize, roll_windows, start_error_growth
 from sim2real.params import Params
 from sim2real.rollout_log import RolloutLog
 from sim2real.solve_report import SolveReport
+from sim2real.solvers.least_squares import Minimum
+from sim2real.unknowns import Nuisance, make_unknowns, take_apart
+from sim2real.windows import WindowChoice, WindowError, cut_windows, match_channels, subset
 
 
 @dataclass(frozen=True)
@@ -71,26 +79,10 @@ class FitSettings:
     prior_width: float = 1.0
     """prior of the others: mean = start value, standard deviation = this many box widths; 0: none"""
     max_steps: int = 50
-    tolerance: float = 1e-8
+    tolerance: float = 1e-6
     """stop when a step promises a smaller relative decrease of the loss than this"""
     block: float = 2.0
-    """length of the blocks that the intervals delete, s"""
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """One line of the result table; `low`, `high`: 90 % interval (NaN where the data fix nothing)."""
-
-    name: str
-    value: float
-    unit: str
-    low: float
-    high: float
-    prior: tuple[float, float] | None
-    at_bound: bool
-    reaches_output: bool
-    identified: bool
-    initial: float
+    """shortest block of windows that the intervals delete, s; at least four windows long anyway"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ class FitResult:
     """each: a combination of parameters (name -> component, scaled) that the data do not fix"""
     report: SolveReport
     history: tuple[dict[str, float], ...]
-    """per step: "step", "loss", "gradient", "damping", "seconds" """
+    """before each step of the last stage: "step", "loss", "gradient", "damping", and "taken" (0: refused)"""
     training: Comparison
     """errors on the training windows"""
     left_out: Comparison | None
@@ -139,6 +131,151 @@ def fit(
     """Fit `theta` (start values of all parameters) to `log`.
 
     `on_step` gets an exact snapshot (flat dict of tensors) after every step; a run resumed from it (`state`) ends
-    bitwise equal to the unbroken one.
+    bitwise equal to the unbroken one. Raises `WindowError` (a `ValueError`) when log and model do not go together, and
+    `ValueError` for settings that make no sense or a start at which the model diverges.
     """
-    raise NotImplementedError
+    runs = _training_runs(log, settings)
+    misfit, notes = build_misfit(mdp, runs, theta, settings)
+    silent = without_effect(misfit)
+    before = _scores(mdp, log, runs, theta, {}, settings)
+    found = search(misfit, max_steps=settings.max_steps, tolerance=settings.tolerance, on_step=on_step, state=state)
+    fitted, nuisance = take_apart(misfit.unknowns, found.x).theta, _nuisance(misfit, settings, found.x)
+    facts = fit_facts(misfit, found, silent, block=settings.block)
+    after = _scores(mdp, log, runs, fitted, nuisance, settings)
+    return FitResult(
+        theta=fitted,
+        nuisance=nuisance,
+        rows=facts.rows,
+        correlation=facts.correlation,
+        covariance=facts.covariance,
+        spectrum=facts.spectrum,
+        directions=facts.directions,
+        report=found.report,
+        history=_history(found),
+        training=Comparison(after[0], before[0]),
+        left_out=Comparison(after[1], before[1]) if len(after) > 1 else None,
+        notes=(*notes, *facts.notes, *_unconverged(found)),
+    )
+
+
+def _training_runs(log: RolloutLog, settings: FitSettings) -> RolloutLog:
+    runs = log.names["episode"]
+    strange = [name for name in settings.leave_out if name not in runs]
+    if strange:
+        raise ValueError(f"leave_out names {strange}; the log has the episodes {list(runs)}")
+    kept = [name for name in runs if name not in settings.leave_out]
+    if not kept:
+        raise ValueError(f"leave_out names all of the episodes {list(runs)}; at least one must be left to fit")
+    return select_episodes(log, kept)
+
+
+def build_misfit(
+    mdp: ModelMDP, log: RolloutLog, theta: Params, settings: FitSettings
+) -> tuple[Misfit, tuple[str, ...]]:
+    """The misfit that `fit` minimises over all episodes of `log`, and notes on the choice of windows.
+
+    Raises as `fit` does.
+    """
+    missing = [name for name in mdp.box.default if name not in theta]
+    if missing:
+        raise ValueError(f"theta lacks {missing}; start from default_params(mdp.box)")
+    if not settings.loss_scale > 0:
+        raise ValueError(f"loss_scale must be > 0 (unit of the signals), got {settings.loss_scale}")
+    if settings.initial_velocity and settings.warmup > 0:
+        raise ValueError("initial_velocity corrects measured starts; with a warmup the start is not measured")
+    channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
+    names = ("horizon", "stride", "first_row", "margin", "start_after", "end_before", "keep", "warmup")
+    choice = WindowChoice(**{name: getattr(settings, name) for name in names})
+    windows = cut_windows(mdp, log, channels, choice, sample_every=settings.sample_every)
+    unknowns = make_unknowns(
+        mdp,
+        log,
+        channels,
+        theta,
+        settings.free or tuple(key for key in theta if key in mdp.box.default),
+        Nuisance(
+            delay=(settings.delay_start, *settings.delay_bounds) if settings.delay else None,
+            zeros=settings.zeros,
+            zero_std=settings.zero_std,
+            rates="per_run" if settings.initial_velocity else "none",
+            rate_std=settings.velocity_std,
+        ),
+        priors=settings.priors,
+        prior_width=settings.prior_width,
+    )
+    misfit = Misfit(mdp, log, channels, windows, unknowns, settings.loss_scale, settings.pull)
+    return _usable_windows(misfit, settings)
+
+
+def _usable_windows(misfit: Misfit, settings: FitSettings) -> tuple[Misfit, tuple[str, ...]]:
+    """Leave out the windows that grow start errors beyond `max_growth`; refuse a start at which the model diverges."""
+    rolled = roll_windows(misfit, misfit.unknowns.start)
+    count, notes = len(misfit.windows.episode), []
+    if settings.max_growth < float("inf"):
+        calm = start_error_growth(misfit, linearize(misfit, rolled, ())) <= settings.max_growth
+        left = int(calm.sum())
+        if not left:
+            raise WindowError(f"all {count} windows grow start errors by more than max_growth = {settings.max_growth}")
+        if left < count:
+            notes.append(
+                f"{count - left} of {count} windows left out: at the start values they grow a start error more than "
+                f"{settings.max_growth:g} times"
+            )
+        misfit = replace(misfit, windows=subset(misfit.windows, calm))
+        rolled = roll_windows(misfit, misfit.unknowns.start)
+    lost = (~torch.isfinite(rolled.residual).flatten(1).all(1)).sum()
+    if bool(lost):
+        raise ValueError(
+            f"at the start values the model diverges in {int(lost)} of {len(rolled.residual)} windows; shorten the "
+            f"horizon, start from other values, use more substeps, or leave such windows out with max_growth"
+        )
+    for run in sorted(set(range(len(misfit.log.names["episode"]))) - set(misfit.windows.episode.tolist())):
+        notes.append(f"episode '{misfit.log.names['episode'][run]}' has no window and is not used")
+    return misfit, tuple(notes)
+
+
+def _nuisance(misfit: Misfit, settings: FitSettings, x: Tensor) -> Params:
+    values = take_apart(misfit.unknowns, x)
+    nuisance = {} if values.delay is None else {"delay": values.delay}
+    if settings.zeros != "none":
+        nuisance["zero"] = values.zero if settings.zeros == "per_run" else values.zero[0]
+    if settings.initial_velocity:
+        nuisance["start_rate"] = values.rate
+    return nuisance
+
+
+def _scores(
+    mdp: ModelMDP, log: RolloutLog, runs: RolloutLog, theta: Params, nuisance: Params, settings: FitSettings
+) -> list[Evaluation]:
+    """Errors on the training runs and, if there are any, on the left-out ones; zeros per run are found anew there."""
+    names = (
+        "signals",
+        "horizon",
+        "stride",
+        "first_row",
+        "margin",
+        "start_after",
+        "end_before",
+        "keep",
+        "warmup",
+        "pull",
+    )
+    scoring = EvaluationSettings(**{name: getattr(settings, name) for name in names})
+    scores = [evaluate(mdp, runs, theta, nuisance, scoring)]
+    if settings.leave_out:
+        if settings.zeros == "per_run":
+            start = max(settings.start_after, scoring.zero_until)
+            scoring = replace(scoring, zeros="estimated", start_after=start)
+        left = select_episodes(log, settings.leave_out)
+        scores.append(evaluate(mdp, left, theta, nuisance, scoring))
+    return scores
+
+
+def _history(found: Minimum) -> tuple[dict[str, float], ...]:
+    names = ("loss", "gradient", "damping", "taken")
+    rows = found.history.tolist()
+    return tuple({"step": float(k)} | dict(zip(names, row, strict=True)) for k, row in enumerate(rows))
+
+
+def _unconverged(found: Minimum) -> tuple[str, ...]:
+    return () if found.report.converged else (f"the fit did not converge: {found.report.status}",)

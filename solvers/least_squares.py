@@ -34,6 +34,9 @@ from sim2real.solvers.linear import cg
 _HOPELESS_DAMPING = 1e14
 # Ridge of the undamped model, relative to its unit diagonal: a direction without curvature promises nothing.
 _RIDGE = 1e-10
+# Trial steps that together must decrease the value by more than the tolerance: a kink stops the model from promising
+# little although nothing is left to gain.
+_PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,10 @@ def levenberg_marquardt(
 ) -> Minimum:
     """Minimise `objective` from x0 `[P]` inside the box.
 
-    Converged: the undamped model promises a decrease below `tolerance` times the value, or the value fell below
-    `tolerance^2` times that of the start. `on_step` gets an exact snapshot after every step; a run resumed from it
-    (`state`) is bitwise equal to the unbroken one. Raises `ValueError` for a start outside the box or where the value
-    is not finite, and for a snapshot of another problem.
+    Converged: the undamped model promises a decrease below `tolerance` times the value, or the last 8 steps together
+    gained less than that, or the value fell below `tolerance^2` times that of the start. `on_step` gets an exact
+    snapshot after every step; a run resumed from it (`state`) is bitwise equal to the unbroken one. Raises
+    `ValueError` for a start outside the box or where the value is not finite, and for a snapshot of another problem.
     """
     low, high = torch.as_tensor(low).to(x0).expand_as(x0), torch.as_tensor(high).to(x0).expand_as(x0)
     now = _start(x0, low, high, damping) if state is None else _checked(state, x0)
@@ -197,6 +200,11 @@ def _ending(point: _Point, now: Params, tolerance: float, max_steps: int) -> str
         return "converged: no further decrease promised"
     if bool(point.value <= tolerance**2 * now["first_value"]):
         return "converged: the value is negligible against that of the start"
+    taken = now["history"][:, 3] > 0
+    if bool(taken.any()) and len(taken) >= _PATIENCE:
+        before = now["history"][-_PATIENCE, 0]
+        if bool(before - point.value <= tolerance * point.value.abs()):
+            return f"converged: the last {_PATIENCE} steps gained less than the tolerance"
     if bool(now["damping"] > _HOPELESS_DAMPING):
         return "stopped: no step decreases the value, however short; is the gradient right?"
     if int(now["step"]) >= max_steps:

@@ -1,0 +1,168 @@
+"""The search behind `sim2real.fit`: a rough fit on few windows, the input delay by a scan, then all windows.
+
+1. Rough: about 100 windows, reweighted squares, which is steady from far away and cheap.
+2. Scan: with recorded inputs the misfit has a local minimum in the delay every sample or so. Candidates a quarter of
+   a step apart (at most 64) whose misfit, the other parameters held, is below twice the least, are refined by a few
+   steps each with the delay held; the best goes on.
+3. Full: all windows, the exact curvature of the loss.
+
+A snapshot is that of the running `levenberg_marquardt` plus the number of the stage, the best x so far with its misfit
+and the candidates; everything else is recomputed from them, so a resumed search ends bitwise equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sim2real.gauss_newton import objective
+from sim2real.misfit import Misfit, linearize, roll_windows
+from sim2real.params import Params
+from sim2real.solvers.least_squares import Minimum, levenberg_marquardt
+from sim2real.windows import subset
+
+ROUGH_WINDOWS = 100
+_ROUGH_TOLERANCE = 1e-3
+_SCAN_STEPS = 3
+_CANDIDATES = 64
+# Parameters are moved by this share of their box (or value) to see whether a zero derivative means no effect.
+_NUDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the stages have found so far."""
+
+    stage: int
+    """0: rough fit; 1..K: candidates of the delay; K + 1: full fit"""
+    best: Tensor
+    """x `[P]`"""
+    value: Tensor
+    """misfit of `best` on the rough windows"""
+    candidates: Tensor
+    """`[K]` delays to refine, s"""
+
+
+def search(
+    misfit: Misfit,
+    *,
+    max_steps: int,
+    tolerance: float,
+    on_step: Callable[[Params], None] | None,
+    state: Params | None,
+) -> Minimum:
+    """Minimise the misfit from the start values of its unknowns; see the module for the stages and snapshots.
+
+    Raises `ValueError` when the model diverges at the start values, or for a snapshot of another fit.
+    """
+    unknowns, rough = misfit.unknowns, rough_windows(misfit)
+    inner: Params | None = None
+    if state is None:
+        now = Search(0, unknowns.start, torch.full_like(unknowns.start.sum(), torch.inf), unknowns.start.new_zeros(0))
+    else:
+        now, inner = _unpack(state, unknowns.start)
+    while now.stage <= len(now.candidates):
+        found = _rough_stage(rough, now, max_steps, _reporter(on_step, now), inner)
+        now, inner = _next(rough, now, found), None
+    return levenberg_marquardt(
+        objective(misfit),
+        now.best,
+        low=unknowns.low,
+        high=unknowns.high,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        on_step=_reporter(on_step, now),
+        state=inner,
+    )
+
+
+def rough_windows(misfit: Misfit) -> Misfit:
+    """About `ROUGH_WINDOWS` of the windows, evenly spread."""
+    count = len(misfit.windows.episode)
+    stride = max(1, count // ROUGH_WINDOWS)
+    return replace(misfit, windows=subset(misfit.windows, torch.arange(0, count, stride)))
+
+
+def _rough_stage(
+    rough: Misfit, now: Search, max_steps: int, on_step: Callable[[Params], None] | None, inner: Params | None
+) -> Minimum:
+    low, high, start = rough.unknowns.low.clone(), rough.unknowns.high.clone(), now.best.clone()
+    if now.stage > 0:
+        held = now.candidates[now.stage - 1]
+        for bound in (low, high, start):
+            bound[rough.unknowns.count] = held
+    return levenberg_marquardt(
+        objective(rough, power=1),
+        start,
+        low=low,
+        high=high,
+        max_steps=max_steps if now.stage == 0 else _SCAN_STEPS,
+        tolerance=_ROUGH_TOLERANCE,
+        on_step=on_step,
+        state=inner,
+    )
+
+
+def _next(rough: Misfit, now: Search, found: Minimum) -> Search:
+    """The state of the search after a rough stage."""
+    better = bool(found.value < now.value)
+    best, value = (found.x, found.value) if better else (now.best, now.value)
+    candidates = _candidates(rough, best) if now.stage == 0 and rough.unknowns.delay else now.candidates
+    return Search(now.stage + 1, best, value, candidates)
+
+
+def _candidates(rough: Misfit, x: Tensor) -> Tensor:
+    """Delays worth refining: with the other parameters held, the misfit is below twice that of the best."""
+    column = rough.unknowns.count
+    low, high = float(rough.unknowns.low[column]), float(rough.unknowns.high[column])
+    count = min(_CANDIDATES, 1 + max(1, round(4 * (high - low) / rough.log.dt)))
+    grid = torch.linspace(low, high, count, dtype=x.dtype)
+    misfit = objective(rough).value
+    values = torch.stack([misfit(x.index_fill(0, torch.tensor(column), float(delay)))[0] for delay in grid])
+    return grid[values < 2 * values.nan_to_num(torch.inf).min()]
+
+
+def _reporter(on_step: Callable[[Params], None] | None, now: Search) -> Callable[[Params], None] | None:
+    if on_step is None:
+        return None
+    outer = {
+        "search.stage": torch.tensor(now.stage),
+        "search.best": now.best,
+        "search.value": now.value,
+        "search.candidates": now.candidates,
+    }
+    return lambda inner: on_step(inner | {key: value.clone() for key, value in outer.items()})
+
+
+def _unpack(state: Params, start: Tensor) -> tuple[Search, Params]:
+    keys = ("stage", "best", "value", "candidates")
+    missing = [f"search.{key}" for key in keys if f"search.{key}" not in state]
+    if missing or state["search.best"].shape != start.shape:
+        raise ValueError(f"the snapshot is not one of this fit: it lacks {missing} or has another number of unknowns")
+    now = Search(int(state["search.stage"]), *(state[f"search.{key}"] for key in keys[1:]))
+    return now, {key: value for key, value in state.items() if not key.startswith("search.")}
+
+
+def without_effect(misfit: Misfit) -> Tensor:
+    """`[P]` bool: entries of theta that do not reach the compared signals, before anything is fitted.
+
+    Their derivative is exactly zero on all windows, and moving them by 1 % of their box changes nothing either.
+    """
+    unknowns, x = misfit.unknowns, misfit.unknowns.start
+    silent = torch.zeros(len(x), dtype=torch.bool)
+    for part in (rough_windows(misfit), misfit):
+        rolled = roll_windows(part, x)
+        moved = linearize(part, rolled).jacobian.abs().flatten(0, 2).amax(0)[: unknowns.count]
+        silent[: unknowns.count] = moved == 0
+        for column in silent.nonzero().flatten().tolist():
+            nudged = x.clone()
+            width = float(unknowns.high[column] - unknowns.low[column])
+            nudge = _NUDGE * (width if width < float("inf") else 1 + abs(float(x[column])))
+            nudged[column] += nudge if x[column] + nudge <= unknowns.high[column] else -nudge
+            silent[column] = torch.equal(roll_windows(part, nudged).residual, rolled.residual)
+        if not bool(silent.any()):
+            break
+    return silent

@@ -10,7 +10,8 @@ import torch
 from derivatives import Case, simulator_cases
 from torch import Tensor
 
-from sim2real import Noise, Params, Policy, discounted_return, linear_policy, rollout, sample_noise
+from sim2real import ModelMDP, Noise, Params, Policy, discounted_return, linear_policy, rollout, sample_noise
+from sim2real.simulators import linear_gaussian
 
 CASES = simulator_cases()
 """every simulator with every integrator, at plausible parameters"""
@@ -50,3 +51,22 @@ def closed_loop(case: Case, batch: int, horizon: int, seed: int = 0) -> tuple[Po
 def returns_of(case: Case, policy: Policy, nu: Params, noise: Noise) -> Callable[[Params], Tensor]:
     """theta -> the return of each rollout `[B]`."""
     return lambda theta: discounted_return(rollout(case.mdp, policy, theta, nu, noise).rewards, case.mdp.discount)
+
+
+def linear_gaussian_problem() -> tuple[ModelMDP, Policy, Params, Params]:
+    """A noisy two-state system under a noisy linear gain, with default costs: mdp, policy, theta, nu."""
+    A = torch.tensor([[1.0, 0.2], [-0.1, 0.9]], dtype=torch.float64)
+    B = torch.tensor([[0.1], [0.3]], dtype=torch.float64)
+    mdp = linear_gaussian(A, B, noise_covariance=0.05 * torch.eye(2, dtype=torch.float64))
+    gain = torch.tensor([[0.5, 0.8]], dtype=torch.float64)
+    return mdp, linear_policy(1, std=0.4), {"A": A, "B": B}, {"gain": gain}
+
+
+def gaussian_return(theta: Params, nu: Params, horizon: int) -> Tensor:
+    """Exact return of `linear_gaussian_problem`, from the recursion of the second moment of the state."""
+    eye, K = torch.eye(2, dtype=torch.float64), nu["gain"]
+    closed, second, total = theta["A"] - theta["B"] @ K, eye, torch.zeros((), dtype=torch.float64)
+    for t in range(horizon):
+        total = total - 0.95**t * (((eye + K.mT @ K) * second).sum() + 0.4**2)
+        second = closed @ second @ closed.mT + 0.4**2 * theta["B"] @ theta["B"].mT + 0.05 * eye
+    return total

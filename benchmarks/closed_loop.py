@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, main
-from benchmarks.oracles.multiplicative_lqr import World, cost_and_gradient, worlds
+from benchmarks.oracles.multiplicative_lqr import WORLDS, World, case_of, cost_and_gradient, fitted_gain, optimal_gain
+from sim2real.bounds import Box
+from sim2real.fit import FitSettings, fit
 from sim2real.mdp import ModelMDP
 from sim2real.params import Estimate, Params
 from sim2real.policy import Policy, linear_policy
-from sim2real.rollout import Rollout
+from sim2real.rollout_log import RolloutLog
 from sim2real.simulators.linear_gaussian import linear_gaussian
 from sim2real.solvers.riccati import lyapunov, riccati
 from sim2real.tuning import TuneResult, TuneSettings, tune
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "reference" / "benchmark_a.json"
 EXACT_STEPS = 40
-
-
-def metric_name(case: str) -> str:
-    """'double integrator, sigma 0.8' -> 'double-integrator-0.8'."""
-    system, sigma = case.split(", sigma ")
-    return system.split(",")[0].replace(" ", "-") + "-" + sigma
 
 
 def model_of(world: World) -> tuple[ModelMDP, Params]:
@@ -84,85 +80,134 @@ def tune_exactly(world: World, steps: int) -> TuneResult:
 
 def a_exact(quick: bool) -> Iterator[Figure]:
     """Relative distance to the optimal return after at most 40 evaluations; the reference is the fitted model."""
-    for world, published in worlds(CASES):
-        result = tune_exactly(world, EXACT_STEPS - 1)  # the start is an evaluation, too
-        cost, _ = cost_and_gradient(world, result.nu["gain"].numpy())
-        best = published["J_optimal"]
-        yield Figure(
-            metric_name(world.name), cost / best - 1, "relative", len(result.history), published["J_sysid"] / best - 1
-        )
+    for case in WORLDS:
+        result = tune_exactly(case, EXACT_STEPS - 1)  # the start is an evaluation, too
+        best, _ = cost_and_gradient(case, optimal_gain(case))
+        cost, _ = cost_and_gradient(case, result.nu["gain"].numpy())
+        fitted_cost, _ = cost_and_gradient(case, fitted_gain(case))
+        yield Figure(case.name, cost / best - 1, "relative", len(result.history), fitted_cost / best - 1)
 
 
-BATCH, HORIZON = 100, 20
+BATCH, HORIZON, ROUNDS = 100, 20, 30
+"""episodes and steps of one recording (2000 transitions), recordings after the first"""
 EXPLORATION = 1.0
 
 
-def record(world: World, act: Callable[[Tensor], Tensor], generator: torch.Generator) -> Rollout:
-    """2000 transitions of the world: 100 episodes from N(0, I), 20 steps each."""
-    A, B, Q, R = (torch.tensor(x) for x in (world.A, world.B, world.Q, world.R))
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(BATCH, width, generator=generator, dtype=torch.float64)
-
+def record(world: World, act: Callable[[Tensor], Tensor], generator: torch.Generator, name: str) -> RolloutLog:
+    """2000 transitions of the world: 100 episodes from N(0, I), 20 steps each, actions `act(s)` plus exploration."""
+    A, B = torch.tensor(world.A), torch.tensor(world.B)
+    normal = lambda width: torch.randn(BATCH, width, generator=generator, dtype=torch.float64)
     states, actions = [normal(len(A))], []
     for _ in range(HORIZON):
         actions.append(act(states[-1]) + EXPLORATION * normal(B.shape[1]))
         push = actions[-1] * (1 + world.sigma * normal(B.shape[1]))
         states.append(states[-1] @ A.T + push @ B.T + world.noise**0.5 * normal(len(A)))
-    s, a = torch.stack(states, 1), torch.stack(actions, 1)
-    return Rollout(s, a, -(s[:, :-1] @ Q * s[:, :-1]).sum(-1) - (a @ R * a).sum(-1))
+    columns = {"signal": ("s1", "s2"), "action": ("a1",), "exogenous": ()}
+    return RolloutLog(
+        signals=torch.stack(states, 1),
+        actions=torch.stack(actions, 1),
+        exogenous=None,
+        mask=torch.ones(BATCH, HORIZON, dtype=torch.bool),
+        dt=1.0,
+        names=columns | {"episode": tuple(f"{name}-{i}" for i in range(BATCH))},
+        units={"s1": "1", "s2": "1", "a1": "1"},
+        source=name,
+    )
 
 
-def least_squares(data: Rollout) -> Params:
-    """theta = (A, B) that explains the transitions best."""
-    n = data.states.shape[-1]
-    before = torch.cat([data.states[:, :-1], data.actions], -1).flatten(0, 1)
-    both = torch.linalg.lstsq(before, data.states[:, 1:].flatten(0, 1)).solution.T
-    return {"A": both[:, :n].contiguous(), "B": both[:, n:].contiguous()}
+ENTRIES = ("a11", "a12", "a21", "a22", "b1", "b2")
+
+
+def matrices(theta: Params) -> Params:
+    """A and B from the six named entries."""
+    a11, a12, a21, a22, b1, b2 = (theta[name] for name in ENTRIES)
+    A = torch.stack([torch.stack([a11, a12], -1), torch.stack([a21, a22], -1)], -2)
+    return {"A": A, "B": torch.stack([b1, b2], -1).unsqueeze(-1)}
+
+
+def named_model(world: World) -> ModelMDP:
+    """The model of the double integrator with named scalar parameters, as `fit` and `tune` like them."""
+    model, _ = model_of(world)
+    return replace(
+        model,
+        step=lambda theta, s, a, e: model.step(matrices(theta), s, a, e),
+        box=Box(dict.fromkeys(ENTRIES, -3.0), dict.fromkeys(ENTRIES, 3.0), dict.fromkeys(ENTRIES, "1")),
+    )
+
+
+def fitted(mdp: ModelMDP, log: RolloutLog) -> Params:
+    """theta by least squares on single steps."""
+    settings = FitSettings(
+        free=ENTRIES,
+        signals=("s1", "s2"),
+        horizon=1.0,
+        stride=1.0,
+        sample_every=1,
+        first_row=0,
+        margin=0,
+        loss_scale=1e6,  # far above the residuals: plain squares
+        prior_width=0.0,
+    )
+    return fit(mdp, log, {name: torch.tensor(0.1, dtype=torch.float64) for name in ENTRIES}, settings).theta
 
 
 def tune_from_samples(world: World, seed: int, rounds: int) -> tuple[TuneResult, list[float]]:
     """The library's loop on `2000 (rounds + 1)` real transitions, and the exact cost of every policy that ran."""
     generator = torch.Generator().manual_seed(seed)
-    first = record(world, lambda s: torch.zeros(len(s), world.B.shape[1], dtype=s.dtype), generator)
+    Q, R = torch.tensor(world.Q), torch.tensor(world.R)
     costs: list[float] = []
 
-    def collect(policy: Policy, nu: Params, iteration: int, rng: torch.Generator) -> Rollout:
+    def collect(policy: Policy, nu: Params, iteration: int, rng: torch.Generator) -> RolloutLog:
         costs.append(cost_and_gradient(world, nu["gain"].numpy())[0])
-        return record(world, lambda s: policy.act(nu, s, s[:, :0]), rng)
+        return record(world, lambda s: policy.act(nu, s, s[:, :0]), rng, f"round-{iteration}")
 
-    mdp, _ = model_of(world)
-    theta = least_squares(first)
+    mdp, first = named_model(world), record(world, lambda s: 0.0 * s[:, :1], generator, "fit")
     result = tune(
         mdp,
-        linear_policy(world.B.shape[1]),
-        theta,
-        {"gain": torch.zeros(world.B.shape[::-1], dtype=torch.float64)},
+        linear_policy(1),
+        fitted(mdp, first),
+        {"gain": torch.zeros(1, 2, dtype=torch.float64)},
         first,
         None,
-        real_reward=None,
+        real_reward=lambda s, a, following: -(s @ Q * s).sum(-1) - (a @ R * a).sum(-1),
         real_discount=world.discount,
         collect=collect,
         settings=TuneSettings(max_steps=rounds - 1),
-        objective=partial(in_sim_return, world),
-        optimum=partial(in_sim_optimum, world),
+        objective=lambda theta, nu: in_sim_return(world, matrices(theta), nu),
+        optimum=lambda theta, nu: in_sim_optimum(world, matrices(theta), nu),
         generator=generator,
     )
     return result, costs
 
 
 def a_sampled(quick: bool) -> Iterator[Figure]:
-    """Worst of 5 seeds: share of the gap closed, and the worst cost of any policy run relative to the start's."""
-    world, published = next(pair for pair in worlds(CASES) if pair[0].name == "double integrator, sigma 0.8")
-    closed, ratios, best = [], [], published["J_optimal"]
+    """Worst of 5 seeds: share of the gap closed, and the largest cost of any policy run relative to the start's."""
+    case = case_of("double-integrator", 0.8)
+    closed, ratios, best = [], [], cost_and_gradient(case, optimal_gain(case))[0]
     for seed in range(2 if quick else 5):
-        result, costs = tune_from_samples(world, seed, rounds=20 if quick else 59)
-        end = cost_and_gradient(world, result.nu["gain"].numpy())[0]
+        result, costs = tune_from_samples(case, seed, rounds=10 if quick else ROUNDS)
+        end = cost_and_gradient(case, result.nu["gain"].numpy())[0]
         closed.append((costs[0] - end) / (costs[0] - best))
         ratios.append(max(costs) / costs[0])
-    yield Figure("closed", min(closed), "share of the gap", len(closed))
-    yield Figure("overshoot", max(ratios) - 1, "relative to the start", len(ratios), 14.5 / 11.8 - 1)
+    transitions = BATCH * HORIZON * (1 + len(costs))
+    yield Figure("closed", min(closed), "fraction of the gap", len(closed), 0.986)
+    yield Figure("overshoot", max(ratios) - 1, "relative to the start", len(ratios), 14.5 / 11.778 - 1)
+    yield Figure("transitions", transitions, "real transitions per seed", len(closed), 122_000)
+
+
+def b_battery(quick: bool) -> Iterator[Figure]:
+    """See `benchmarks/battery.py`."""
+    from benchmarks.battery import b_battery as bar
+
+    yield from bar(quick)
+
+
+def a_mujoco(quick: bool) -> Iterator[Figure]:
+    """See `benchmarks/mujoco_world.py`; MuJoCo is imported only here."""
+    from benchmarks.mujoco_world import a_mujoco as bar
+
+    yield from bar(quick)
 
 
 if __name__ == "__main__":
-    main({"a-exact": a_exact, "a-sampled": a_sampled})
+    main({"a-exact": a_exact, "a-sampled": a_sampled, "b-battery": b_battery, "a-mujoco": a_mujoco})

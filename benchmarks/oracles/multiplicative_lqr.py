@@ -12,10 +12,7 @@ Reference: D. Kleinman, Optimal stationary control of linear systems with contro
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +35,44 @@ class World:
     """W = noise * I"""
 
 
-def worlds(path: Path) -> tuple[tuple[World, dict[str, Any]], ...]:
-    """The cases of benchmark_a.json, each with its published figures (gain_sysid, J_sysid, gain_optimal, J_optimal)."""
-    return tuple(
-        (World(case["name"], *(np.array(case[key]) for key in "ABQR"), case["sigma"]), case)
-        for case in json.loads(path.read_text())["cases"]
-    )
+# A, B, Q, R of the three systems; the four-state one was drawn once at random
+SYSTEMS: dict[str, tuple[list[list[float]], list[list[float]], list[float], list[float]]] = {
+    "scalar": ([[1.1]], [[1.0]], [1.0], [0.1]),
+    "double-integrator": ([[1.0, 0.2], [0.0, 1.0]], [[0.0], [0.3]], [1.0, 0.1], [0.01]),
+    "four-states": (
+        [
+            [-0.8102175216044764, -0.13089198545226885, -0.37200825414817784, 0.3505089405140733],
+            [-0.31001077304800895, -0.44731007363453046, -0.2185530191851105, -0.30384460780778016],
+            [-0.454351821806604, 0.5343086619391011, 0.11350161127242939, 0.7075781833964891],
+            [0.3982832600751514, -0.43024397541922443, 0.02503458050425464, 0.11853628107820076],
+        ],
+        [
+            [-0.2831587375774273, 0.18655731709124979],
+            [-0.44599765740328123, -0.754553872316101],
+            [0.18519676668690765, 0.7282513033951683],
+            [0.46990495397676285, 0.3874244088922084],
+        ],
+        [1.0, 1.0, 1.0, 1.0],
+        [0.05, 0.05],
+    ),
+}
+
+
+def case_of(system: str, sigma: float) -> World:
+    """One of `SYSTEMS` with the given input noise."""
+    A, B, Q, R = SYSTEMS[system]
+    return World(f"{system}-{sigma}", np.array(A), np.array(B), np.diag(Q), np.diag(R), sigma)
+
+
+WORLDS = (
+    case_of("scalar", 0.5),
+    case_of("scalar", 1.0),
+    case_of("double-integrator", 0.5),
+    case_of("double-integrator", 0.8),
+    case_of("four-states", 0.5),
+    case_of("four-states", 0.8),
+)
+"""the six cases of benchmark A"""
 
 
 def _start(world: World) -> Matrix:
@@ -82,6 +111,11 @@ def _normal_equations(world: World, P: Matrix) -> tuple[Matrix, Matrix]:
     curvature = world.B.T @ P @ world.B
     kicks = world.sigma**2 * np.diag(np.diag(curvature))
     return world.R + world.discount * (curvature + kicks), world.discount * world.B.T @ P @ world.A
+
+
+def fitted_gain(world: World) -> Matrix:
+    """The gain that is best in the model which least squares finds: the same A and B, no input noise."""
+    return optimal_gain(replace(world, sigma=0.0))
 
 
 def optimal_gain(world: World, *, tol: float = 1e-14, max_steps: int = 100_000) -> Matrix:

@@ -1,4 +1,4 @@
-"""Readers of array files: NPZ (never pickle), HDF5 (robomimic, Minari, D4RL or plain), MATLAB .mat (v4 to v7.3).
+"""Readers of array files: NPZ (never pickle), HDF5 (robomimic, Minari, D4RL or plain), MATLAB .mat (v5 to v7.3).
 
 A column is the name of an array; "/" walks into HDF5 groups and MATLAB structs. Layouts, told by the names inside:
 robomimic `data/demo_i/{obs/...,actions}` and Minari `episode_i/...`: a group is an episode, columns are named from
@@ -19,13 +19,14 @@ import numpy as np
 
 from sim2real.log_errors import LogError
 from sim2real.log_schema import LogSchema
+from sim2real.mat5 import read_mat5
 from sim2real.raw_episode import MAX_BYTES, RawEpisode, checked_array, needed_columns, require_columns
 
 if TYPE_CHECKING:
     import h5py
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-# what numpy, zipfile, h5py and scipy.io raise on broken files
+# what numpy, zipfile, zlib and h5py raise on broken files
 _BROKEN = (ValueError, TypeError, KeyError, IndexError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 _TOO_LARGE = (MemoryError, OverflowError)
 
@@ -162,8 +163,6 @@ def _split_at_ends(columns: dict[str, np.ndarray], ends: np.ndarray, path: Path)
 
 def read_mat(path: Path, schema: LogSchema) -> list[RawEpisode]:
     """One episode of the variables of a MATLAB file; struct fields as `log/time`."""
-    from scipy.io.matlab import MatReadError
-
     needed = needed_columns(schema)
     try:
         with path.open("rb") as file:
@@ -172,29 +171,26 @@ def read_mat(path: Path, schema: LogSchema) -> list[RawEpisode]:
         columns = _read_mat73(path, needed) if is_hdf5 else _read_mat5(path, needed)
     except LogError:
         raise
-    except (*_BROKEN, *_TOO_LARGE, MatReadError) as error:
+    except (*_BROKEN, *_TOO_LARGE) as error:
         raise LogError(f"not readable as a MATLAB file: {error}", file=path) from error
     return [RawEpisode(path.stem, str(path), columns)]
 
 
 def _read_mat5(path: Path, needed: list[str]) -> dict[str, np.ndarray]:
-    from scipy import io
-
-    inside = {name: shape for name, shape, _ in io.whosmat(path)}
-    tops = list(dict.fromkeys(name.split("/")[0] for name in needed))
-    if missing := [name for name in tops if name not in inside]:
-        raise LogError(f"no variable {missing}; the file has {sorted(inside)[:40]}", file=path)
-    for name in tops:
-        _check_size(8 * math.prod(inside[name]), name, path)
-    content = io.loadmat(path, variable_names=tops)
+    _check_size(path.stat().st_size, path.name, path)
+    content = read_mat5(path.read_bytes(), max_bytes=MAX_BYTES)
     columns = {}
     for name in needed:
         top, *fields = name.split("/")
+        if top not in content:
+            raise LogError(f"no variable ['{top}']; the file has {sorted(content)[:40]}", file=path)
         value = content[top]
         for field in fields:
-            if value.dtype.fields is None or field not in value.dtype.fields or value.size != 1:
+            if not isinstance(value, dict) or field not in value:
                 raise LogError(f"'{name}': no struct field '{field}'", file=path)
-            value = value[field].reshape(-1)[0]
+            value = value[field]
+        if not isinstance(value, np.ndarray):
+            raise LogError(f"'{name}' is no array of numbers; expected real numbers", file=path)
         columns[name] = checked_array(_vector(value), name, path)
     return columns
 

@@ -46,7 +46,7 @@ def save_log(log: RolloutLog, path: Path | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            parquet.write_table(table, file, use_dictionary=False)
+            parquet.write_table(table, file, use_dictionary=False, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -143,7 +143,7 @@ def is_saved_log(path: Path) -> bool:
 
     try:
         return _KEY in (parquet.read_schema(path).metadata or {})
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LogError(f"not readable as Parquet: {error}", file=path) from error
 
 
@@ -153,10 +153,10 @@ def read_saved_log(path: Path) -> RolloutLog:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(path, page_checksum_verification=True)
         about = json.loads(table.schema.metadata[_KEY])
         log = _rebuild(table, about)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LogError(f"not readable as Parquet: {error}", file=path) from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         message = f"written by save_log but changed or of a later version: {type(error).__name__} {error}"

@@ -75,10 +75,10 @@ def _csv_header(data: bytes, delimiter: str, path: Path) -> list[str]:
     if not first.strip():
         raise LogError("the first line is empty; expected the column names", file=path)
     header = [name.strip() for name in next(csv.reader([first.rstrip("\r")], delimiter=delimiter))]
-    if doubled := sorted({name for name in header if header.count(name) > 1}):
-        raise LogError(f"the header names {doubled} more than once", file=path)
     if all(_NUMBER.fullmatch(name) for name in header):
         raise LogError(f"the first line holds numbers ({first[:60]}), expected the column names", file=path)
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        raise LogError(f"the header names {doubled} more than once", file=path)
     return header
 
 
@@ -108,13 +108,13 @@ def read_parquet(path: Path, schema: LogSchema) -> list[RawEpisode]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             needed = require_columns(file.schema_arrow.names, schema, path)
             rows = file.metadata.num_rows
             if rows * 8 * len(needed) > MAX_BYTES:
                 raise LogError(f"claims {rows} rows; at most {MAX_BYTES} bytes are read", file=path)
             table = file.read(columns=needed)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LogError(f"not readable as Parquet: {error}", file=path) from error
     if table.num_rows == 0:
         raise LogError("no rows", file=path)

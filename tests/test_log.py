@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from scipy.signal import savgol_filter
 
 from sim2real.log import LogError, concatenate_logs, delayed_actions, load_log, select_episodes
+from sim2real.log_units import conversion, time_derivative, time_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -50,9 +53,9 @@ def test_grid_units_and_velocity_follow_the_protocol(tmp_path: Path) -> None:
     u = np.interp(grid, t, data["tau"] * 1e-3)
     assert log.signals.shape == (1, len(grid), 2)
     # the same formulas, evaluated in a different order: rounding only
-    np.testing.assert_allclose(log.signals[0, :, 0], q, atol=1e-12)
-    np.testing.assert_allclose(log.signals[0, :, 1], savgol_filter(q, 11, 3, deriv=1, delta=h), atol=1e-9)
-    np.testing.assert_allclose(log.actions[0, :, 0], (u[1:] + u[:-1]) / 2, atol=1e-12)
+    np.testing.assert_allclose(log.signals[0, :, 0].numpy(), q, atol=1e-12)
+    np.testing.assert_allclose(log.signals[0, :, 1].numpy(), savgol_filter(q, 11, 3, deriv=1, delta=h), atol=1e-9)
+    np.testing.assert_allclose(log.actions[0, :, 0].numpy(), (u[1:] + u[:-1]) / 2, atol=1e-12)
     assert log.units == {"angle": "rad", "velocity": "rad/s", "torque": "N m"}
     assert log.names["episode"] == ("run",)
     assert bool(log.mask.all())
@@ -97,7 +100,7 @@ def test_delayed_actions_against_direct_interpolation(tmp_path: Path, hold: str)
     torch.testing.assert_close(at_zero[log.mask], log.actions[log.mask], atol=1e-12, rtol=0)
     delay = 0.0073
     result = delayed_actions(log, torch.tensor(delay, dtype=torch.float64))
-    for b, (t, u) in enumerate(log.recorded_actions):
+    for b, (t, u) in enumerate((t.numpy(), u.numpy()) for t, u in log.recorded_actions):
         fine = np.linspace(0, log.dt, 20001)  # the mean over each step by brute force
         for k in (0, 1, 2, 50, 120):
             when = np.clip(log.dt * k + fine - delay, t[0], t[-1])
@@ -122,6 +125,29 @@ def test_delayed_actions_derivative(tmp_path: Path, hold: str) -> None:
     torch.testing.assert_close(batch[0], value)
     with pytest.raises(ValueError, match="scalar"):
         delayed_actions(log, torch.zeros(2))
+    with pytest.raises(ValueError, match="recorded inputs"):
+        delayed_actions(replace(log, recorded_actions=()), delay)
+
+
+def test_units() -> None:
+    assert conversion("N*m") == conversion("Nm") == conversion("N m") == ("N m", 1.0, 0.0)
+    unit, factor, offset = conversion("degF")
+    assert unit == "degC"
+    assert factor * 212 + offset == pytest.approx(100, abs=1e-12)
+    assert conversion("rpm") == ("rad/s", pytest.approx(2 * math.pi / 60), 0.0)
+    assert conversion("kW") == ("kW", 1.0, 0.0)
+    assert time_factor("ms") == 1e-3
+    assert [time_derivative(unit) for unit in ("rad", "m/s")] == ["rad/s", "m/s^2"]
+
+
+def test_dt_asks_for_resampling_and_overrides_change_the_schema(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "run.csv", jittery())
+    log = load_log(path, {key: value for key, value in SCHEMA.items() if key not in ("dt", "resample")}, dt=0.008)
+    assert log.dt == 0.008
+    same = load_log(path, SCHEMA, overrides=["dt=8e-3", "signals.velocity.window=15", "hold=previous"])
+    assert torch.equal(same.signals[..., 0], log.signals[..., 0])
+    assert not torch.equal(same.signals[..., 1], log.signals[..., 1])
+    assert same.hold == "previous"
 
 
 def test_select_and_concatenate(tmp_path: Path) -> None:

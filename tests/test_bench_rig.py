@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +87,12 @@ def test_logged_rows_are_uneven_and_true() -> None:
     np.testing.assert_allclose(torques, np.sin(0.1 * np.floor(times / 0.01)))
 
 
-def test_the_script_writes_a_log_that_loads(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, SCRIPT, tmp_path / "log", "--seed", "1"], check=True, capture_output=True)
+def test_the_script_writes_a_log_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "log"), "--seed", "1"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.count("run_") == 4
     log = load_log(tmp_path / "log")
     assert log.names["episode"] == ("run_0", "run_1", "run_2", "run_3")
     assert log.units == {"angle": "rad", "velocity": "rad/s", "torque": "N m"}

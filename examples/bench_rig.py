@@ -48,7 +48,7 @@ def balance(policy: Policy, nu: Params, iteration: int, generator: torch.Generat
 def reward(state: torch.Tensor, action: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """The real task, per step of 10 ms: stay upright, move little, spend little torque."""
     angle, velocity = state[..., 0] - UPRIGHT, state[..., 1]
-    return -0.01 * (angle**2 + 0.02 * velocity**2 + 0.02 * action[..., 0] ** 2)
+    return -0.01 * (angle**2 + 0.1 * velocity**2 + 0.002 * action[..., 0] ** 2)
 
 
 def run(*words: str) -> int:
@@ -77,10 +77,16 @@ def main() -> int:
     code = run("fit", *log, "model=pendulum", "fit.delay=true", "fit.zeros=per_run", "leave_out=[run_3]",
                f"out={fitted}", *options.words)  # fmt: skip
     sys.path.insert(0, str(HERE))  # so that the command finds bench_rig.balance
-    task = [f"model.initial_angle={UPRIGHT}", "model.initial_std=0.15", "model.discount=0.99", "discount=0.99"]
+    task = [
+        "model.integrator=semi_implicit",
+        f"model.initial_angle={UPRIGHT}",
+        "model.initial_std=0.2",
+        "model.discount=0.99",
+        "discount=0.99",
+    ]
     policy = ["policy=linear", "policy.gain=[[8,1.5]]", f"policy.target=[{UPRIGHT},0]"]
     code = code or run("tune", f"params={fitted / 'params.json'}", "model=pendulum", *task, *policy,
-                       "horizon=1.0", "batch=32", "tune.max_steps=8", "free=[inertia,mgl,damping]",
+                       "horizon=0.6", "batch=8", "tune.max_steps=6", "tune.radius=0.4", "free=[inertia,mgl,damping]",
                        "data.mode=callable", "data.callable=bench_rig.balance", "reward=bench_rig.reward",
                        f"out={tuned}")  # fmt: skip
     print(f"\ndone in {time.perf_counter() - start:.0f} s; open\n  {fitted / 'report.html'}\n  {tuned / 'report.html'}")

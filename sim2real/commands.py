@@ -86,6 +86,9 @@ def evaluate_command(config: EvaluateConfig, words: Sequence[str], progress: Pro
 def read_log(config: FitConfig | EvaluateConfig | TuneConfig, dt: float | None) -> RolloutLog:
     """The log of a configuration, resampled to the model's time step when that is given. Raises `LogError`."""
     paths = [Path(item) for item in config.log] if isinstance(config.log, list) else Path(str(config.log))
+    log = load_log(paths, config.schema, overrides=tuple(config.columns))
+    if dt is None or abs(log.dt - dt) <= 1e-9 * dt:
+        return log
     return load_log(paths, config.schema, overrides=tuple(config.columns), dt=dt)
 
 
@@ -94,8 +97,10 @@ def model_dt(model: Any) -> float | None:
     return _model_options(model).get("dt")
 
 
-def make_model(model: Any, given: ParameterSet | None, dt: float) -> tuple[ModelMDP, dict[str, Any]]:
+def make_model(model: Any, given: ParameterSet | None, dt: float | None) -> tuple[ModelMDP, dict[str, Any]]:
     """The model and what `params.json` keeps to rebuild it; command-line options go before those of `given`.
+
+    `dt` (s): the period of the log, which the model steps at; None: its own.
 
     A parameter file may name only the library's simulators: a function elsewhere runs code, so it must be named by
     the user. Raises `UsageError`, `ParameterFileError`.
@@ -115,9 +120,10 @@ def make_model(model: Any, given: ParameterSet | None, dt: float) -> tuple[Model
         raise UsageError(
             "no model: give model=NAME (pendulum, double_pendulum, ...) or model._target_=package.function"
         )
+    options = options if dt is None else {**options, "dt": dt}
     arguments = {name: value for name, value in options.items() if name != "_target_"}
     try:
-        mdp = resolve_function(options["_target_"], "model._target_")(**{"dt": dt, **arguments})
+        mdp = resolve_function(options["_target_"], "model._target_")(**arguments)
     except TypeError as error:
         raise UsageError(f"model {options['_target_']}: {error}") from error
     if not isinstance(mdp, ModelMDP):

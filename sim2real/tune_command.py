@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Task:
     module: nn.Module | None
     target: Tensor
     """`[n]`: the policy sees the state less this"""
+    reward: RealReward
     log: RolloutLog | None
     given: ParameterSet | None
 
@@ -99,8 +100,9 @@ def _task(config: TuneConfig) -> Task:
     if target.shape != (len(states),):
         raise UsageError(f"policy.target has {len(target)} entries, the state has {len(states)}: {states}")
     policy, nu, module = _policy(config, len(states), len(mdp.names.get("action", ())))
+    mdp, reward = _task_reward(config, mdp, theta)
     free = tuple(config.free or theta)
-    return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, log, given)
+    return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given)
 
 
 def _policy(config: TuneConfig, n: int, m: int) -> tuple[Policy, Params, nn.Module | None]:
@@ -164,12 +166,13 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
         task.nu,
         task.log,
         noise,
-        real_reward=_reward(config, task),
+        real_reward=task.reward,
         real_discount=config.discount,
         collect=_collect(config, task, workspace),
         settings=settings,
         box=task.mdp.box,
         free=task.free,
+        scale={name: value.abs() for name, value in task.theta.items() if bool((value != 0).all())},
         likelihood=_gaussian(task.given, task.free) if settings.likelihood_weight else None,
         generator=generator,
         on_step=on_step,
@@ -177,16 +180,16 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
     )
 
 
-def _reward(config: TuneConfig, task: Task) -> RealReward:
-    """The user's function, or the model's own reward at the start values."""
+def _task_reward(config: TuneConfig, mdp: ModelMDP, theta: Params) -> tuple[ModelMDP, RealReward]:
+    """The model and the real reward: the user's function in both, else the model's own at the start values."""
     if config.reward is not None:
-        return resolve_function(config.reward, "reward")
-    mdp, theta = task.mdp, task.theta
+        given = resolve_function(config.reward, "reward")
+        return replace(mdp, reward=lambda theta, s, a, e, following: given(s, a, following)), given
 
-    def reward(state: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    def own(state: Tensor, action: Tensor, following: Tensor) -> Tensor:
         return mdp.reward(theta, state, action, state.new_zeros(state.shape[0], mdp.noise_dims[1]), following)
 
-    return reward
+    return mdp, own
 
 
 def _collect(config: TuneConfig, task: Task, workspace: Workspace) -> Collect | None:

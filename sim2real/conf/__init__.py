@@ -177,13 +177,14 @@ class EvaluationOptions:
 class TuneOptions:
     """Mirror of `sim2real.tuning.TuneSettings`."""
 
-    max_steps: int = key(20, "", "outer iterations")
-    radius: float = key(0.5, "scaled", "first trust-region radius (a tenth of the box is 1)")
+    max_steps: int = key(20, "", "iterations after the first")
+    radius: float = key(
+        0.5, "scaled", "first trust-region radius; a parameter's scale is its start value, else a tenth of its box"
+    )
     max_radius: float = key(4.0, "scaled", "largest trust-region radius")
     min_radius: float = key(1e-6, "scaled", "the search ends when the radius falls below")
     confidence: float = key(0.95, "1", "confidence with which the real return must have fallen to undo a step")
     gradient_tol: float = key(1e-8, "1", "the search ends when the scaled gradient is below, relative to |J_real|")
-    stationarity_tol: float = key(1e-3, "1", "largest relative gradient of an accepted in-sim optimum")
     likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
 
 
@@ -250,7 +251,11 @@ class TuneConfig:
     out: str = key("runs/tune", "", "output folder", path=True)
     theta: dict[str, float] = key({}, "parameter", "theta.NAME=VALUE: start value")
     free: list[str] = key([], "", "parameters to tune; default: all")
-    reward: str | None = key(None, "", "function (state, action, next_state) -> reward; default: the model's own")
+    reward: str | None = key(
+        None,
+        "",
+        "the task, here and in the simulator: function (state, action, next_state) -> reward; default: the model's own",
+    )
     discount: float = key(0.99, "1/step", "discount of the real return")
     horizon: float = key(1.0, "s", "length of in-sim rollouts")
     batch: int = key(64, "", "in-sim rollouts")

@@ -56,21 +56,11 @@ def building_rc(
     if order not in _STATES:
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
     hours = dt / SECONDS_PER_HOUR
-    states, names = _STATES[order], tuple(_DEFAULT[order])
-
-    def transition(theta: Params) -> Tensor:
-        """`[F_d, G_d]` of the exact solution, `[..., order, order + 2]`, inputs (Ph, Ta)."""
-        rates = rate_matrix(order, theta) * hours
-        augmented = torch.cat([rates, torch.zeros_like(rates[..., :1, :]).expand(*rates.shape[:-2], 2, -1)], -2)
-        return torch.linalg.matrix_exp(augmented)[..., :order, :]
-
-    def initial_state(theta: Params, e0: Tensor) -> Tensor:
-        return initial_temperature + initial_std * e0
 
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
         inputs = torch.cat([action, e], -1)
         if integrator == "exact":
-            return _apply(transition(theta), torch.cat([state, inputs], -1))
+            return _apply(transition_matrix(order, theta, hours), torch.cat([state, inputs], -1))
         rates = rate_matrix(order, theta)
         return integrate_first_order(
             lambda x: _apply(rates, torch.cat([x, inputs], -1)),
@@ -81,7 +71,7 @@ def building_rc(
         )
 
     def open_loop(theta: Params, state: Tensor, actions: Tensor, e: Tensor) -> Tensor:
-        matrix = transition(theta)
+        matrix = transition_matrix(order, theta, hours)
         path = [state]
         for inputs in torch.cat([actions, e], -1).unbind(1):
             path.append(_apply(matrix, torch.cat([path[-1], inputs], -1)))
@@ -91,7 +81,7 @@ def building_rc(
         return -hours * ((following[..., 0] - setpoint) ** 2 + energy_price * action[..., 0])
 
     return ModelMDP(
-        initial_state,
+        lambda theta, e0: initial_temperature + initial_std * e0,
         step,
         reward,
         noise_dims=(order, 1),
@@ -100,22 +90,35 @@ def building_rc(
         observe=lambda theta, state: state[..., :1],
         open_loop=open_loop if integrator == "exact" else None,
         exogenous_dim=1,
-        names={"state": states, "action": ("Ph",), "signal": ("Ti",), "exogenous": ("Ta",)},
+        names={"state": _STATES[order], "action": ("Ph",), "signal": ("Ti",), "exogenous": ("Ta",)},
         units={"Ti": "degC", "Te": "degC", "Th": "degC", "Ta": "degC", "Ph": "kW"},
-        box=Box(
-            low={key: 0.01 if key[0] == "C" else 1e-3 for key in names},
-            high={key: 1e4 if key[0] == "C" else 1e3 for key in names},
-            unit={key: "kWh/K" if key[0] == "C" else "K/kW" for key in names},
-            default=_DEFAULT[order],
-        ),
+        box=_box(order),
     )
+
+
+def _box(order: Literal[1, 2, 3]) -> Box:
+    names = _DEFAULT[order]
+    return Box(
+        low={key: 0.01 if key[0] == "C" else 1e-3 for key in names},
+        high={key: 1e4 if key[0] == "C" else 1e3 for key in names},
+        unit={key: "kWh/K" if key[0] == "C" else "K/kW" for key in names},
+        default=names,
+    )
+
+
+def transition_matrix(order: Literal[1, 2, 3], theta: Params, hours: float) -> Tensor:
+    """`[F_d, G_d]` of the exact step `x' = F_d x + G_d (Ph, Ta)` over `hours`, `[..., order, order + 2]`."""
+    rates = rate_matrix(order, theta) * hours
+    augmented = torch.cat([rates, torch.zeros_like(rates[..., :1, :]).expand(*rates.shape[:-2], 2, -1)], -2)
+    return torch.linalg.matrix_exp(augmented)[..., :order, :]
 
 
 def rate_matrix(order: Literal[1, 2, 3], theta: Params) -> Tensor:
     """`[F, G]` of `dx/dt = F x + G (Ph, Ta)`, in 1/h, `[..., order, order + 2]`; x = (Ti, Te, Th)[:order] in degC."""
     nodes = (*_STATES[order], "Ph", "Ta")
-    values = dict(zip(theta, torch.broadcast_tensors(*theta.values()), strict=True))
-    resistors = [key for key in _RESISTORS if key in _DEFAULT[order]]
+    keys = tuple(_DEFAULT[order])
+    values = dict(zip(keys, torch.broadcast_tensors(*(theta[key] for key in keys)), strict=True))
+    resistors = [key for key in keys if key in _RESISTORS]
     flow = torch.zeros(len(resistors) + 1, order, len(nodes), dtype=values["Ci"].dtype, device=values["Ci"].device)
     for index, key in enumerate(resistors):
         here, there = (nodes.index(node) for node in _RESISTORS[key])

@@ -13,6 +13,7 @@ contact force's share in friction.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,26 +61,13 @@ def cartpole(
         return e0.new_tensor([0.0, initial_angle, 0.0, 0.0]) + initial_std * e0
 
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
-        cart_friction, pole_friction = theta["cart_friction"], theta["pole_friction"]
-        lever = 0.5 * theta["pole_mass"] * theta["length"]
-        total, inertia, weight = (
-            theta["cart_mass"] + theta["pole_mass"],
-            lever * theta["length"] / 1.5,
-            lever * theta["g"],
-        )
-        force = action[..., 0]
-
-        def acceleration(q: Tensor, w: Tensor) -> Tensor:
-            v, spin = w.unbind(-1)
-            sine, coupling = torch.sin(q[..., 1]), lever * torch.cos(q[..., 1])
-            push = force + lever * sine * spin * spin - cart_friction * v
-            torque = weight * sine - pole_friction * spin
-            determinant = total * inertia - coupling * coupling
-            solution = [inertia * push - coupling * torque, total * torque - coupling * push]
-            return torch.stack(solution, -1) / determinant.unsqueeze(-1)
-
         following = integrate_second_order(
-            acceleration, state[..., :2], state[..., 2:], dt=dt, integrator=integrator, substeps=substeps
+            _motion(theta, action[..., 0]),
+            state[..., :2],
+            state[..., 2:],
+            dt=dt,
+            integrator=integrator,
+            substeps=substeps,
         )
         return torch.cat(following, -1)
 
@@ -108,6 +96,24 @@ def cartpole(
             default={key: row[3] for key, row in _PARAMETERS.items()},
         ),
     )
+
+
+def _motion(theta: Params, force: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x'', phi'') as a function of (x, phi) and (v, w), with the force held."""
+    cart_friction, pole_friction = theta["cart_friction"], theta["pole_friction"]
+    lever, total = 0.5 * theta["pole_mass"] * theta["length"], theta["cart_mass"] + theta["pole_mass"]
+    inertia, weight = lever * theta["length"] / 1.5, lever * theta["g"]
+
+    def acceleration(q: Tensor, w: Tensor) -> Tensor:
+        v, spin = w.unbind(-1)
+        sine, coupling = torch.sin(q[..., 1]), lever * torch.cos(q[..., 1])
+        push = force + lever * sine * spin * spin - cart_friction * v
+        torque = weight * sine - pole_friction * spin
+        determinant = total * inertia - coupling * coupling
+        solution = [inertia * push - coupling * torque, total * torque - coupling * push]
+        return torch.stack(solution, -1) / determinant.unsqueeze(-1)
+
+    return acceleration
 
 
 def cartpole_energy(theta: Params, state: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Magazine 31(2), 2024, section on system dynamics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -107,30 +108,11 @@ def double_pendulum(
     if parameters not in ("base", "physical"):
         raise ValueError(f"parameters must be 'base' or 'physical', got '{parameters}'")
 
-    def initial_state(theta: Params, e0: Tensor) -> Tensor:
-        return initial_std * e0
-
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
         if parameters == "physical":
-            return advance(base_parameters(theta), theta["l1"], theta["g"], state, action)
-        return advance(theta, l1, g, state, action)
-
-    def advance(base: Params, l1: Tensor | float, g: Tensor | float, state: Tensor, action: Tensor) -> Tensor:
-        A, B, C, b1, b2, cf1, cf2 = (base[key] for key in ("A", "B", "C", "b1", "b2", "cf1", "cf2"))
-        lever, weight2, weight1 = l1 * base["h"], g * base["h"], g * base["mu"]
-        torque1, torque2 = action.unbind(-1)
-        drive1, drive2 = torque1 + base["torque_offset1"], torque2 + base["torque_offset2"]
-
-        def acceleration(q: Tensor, w: Tensor) -> Tensor:
-            (q1, q2), (w1, w2) = q.unbind(-1), w.unbind(-1)
-            grip1, grip2 = torch.atan(COULOMB_SLOPE * w).unbind(-1)
-            coupling, spin, fall = lever * torch.cos(q2), lever * torch.sin(q2), weight2 * torch.sin(q1 + q2)
-            force1 = drive1 + spin * w2 * (2.0 * w1 + w2) - weight1 * torch.sin(q1) - fall - b1 * w1 - cf1 * grip1
-            force2 = drive2 - spin * w1 * w1 - fall - b2 * w2 - cf2 * grip2
-            m11, m12 = A + 2.0 * coupling, B + coupling
-            determinant = m11 * C - m12 * m12
-            return torch.stack([C * force1 - m12 * force2, m11 * force2 - m12 * force1], -1) / determinant.unsqueeze(-1)
-
+            acceleration = _motion(base_parameters(theta), theta["l1"], theta["g"], action)
+        else:
+            acceleration = _motion(theta, l1, g, action)
         position, velocity = state[..., :2], state[..., 2:]
         following = integrate_second_order(
             acceleration, position, velocity, dt=dt, integrator=integrator, substeps=substeps
@@ -150,8 +132,36 @@ def double_pendulum(
         default={key: row[3] for key, row in table.items()},
     )
     return ModelMDP(
-        initial_state, step, reward, noise_dims=(4, 0), dt=dt, discount=discount, names=_NAMES, units=_UNITS, box=box
+        lambda theta, e0: initial_std * e0,
+        step,
+        reward,
+        noise_dims=(4, 0),
+        dt=dt,
+        discount=discount,
+        names=_NAMES,
+        units=_UNITS,
+        box=box,
     )
+
+
+def _motion(base: Params, l1: Tensor | float, g: Tensor | float, action: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """q'' as a function of q and w, with the torques held: the 2 x 2 system is solved in closed form."""
+    A, B, C, b1, b2, cf1, cf2 = (base[key] for key in ("A", "B", "C", "b1", "b2", "cf1", "cf2"))
+    lever, weight2, weight1 = l1 * base["h"], g * base["h"], g * base["mu"]
+    torque1, torque2 = action.unbind(-1)
+    drive1, drive2 = torque1 + base["torque_offset1"], torque2 + base["torque_offset2"]
+
+    def acceleration(q: Tensor, w: Tensor) -> Tensor:
+        (q1, q2), (w1, w2) = q.unbind(-1), w.unbind(-1)
+        grip1, grip2 = torch.atan(COULOMB_SLOPE * w).unbind(-1)
+        coupling, spin, fall = lever * torch.cos(q2), lever * torch.sin(q2), weight2 * torch.sin(q1 + q2)
+        force1 = drive1 + spin * w2 * (2.0 * w1 + w2) - weight1 * torch.sin(q1) - fall - b1 * w1 - cf1 * grip1
+        force2 = drive2 - spin * w1 * w1 - fall - b2 * w2 - cf2 * grip2
+        m11, m12 = A + 2.0 * coupling, B + coupling
+        determinant = m11 * C - m12 * m12
+        return torch.stack([C * force1 - m12 * force2, m11 * force2 - m12 * force1], -1) / determinant.unsqueeze(-1)
+
+    return acceleration
 
 
 def double_pendulum_energy(theta: Params, state: Tensor, *, l1: float = 0.3, g: float = 9.81) -> Tensor:

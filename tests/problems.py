@@ -17,6 +17,15 @@ CASES = simulator_cases()
 """every simulator with every integrator, at plausible parameters"""
 
 
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+"""two orders of the same float64 operations: rounding over a few steps"""
+
+
+def stack(*values: float | list[float]) -> Tensor:
+    """A float64 tensor of the numbers or rows given."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 

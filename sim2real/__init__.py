@@ -12,6 +12,8 @@ from sim2real.controllers import (
     with_clock,
     with_integral,
 )
+from sim2real.evaluation import Evaluation, EvaluationSettings, RunScore, evaluate
+from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow, fit
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
 from sim2real.mdp import ModelMDP, Noise, sample_noise
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
@@ -34,21 +36,29 @@ from sim2real.solve_report import (
     UnconvergedWarning,
 )
 from sim2real.tuning import TuneResult, TuneSettings, TuneStep, tune, tune_step
+from sim2real.windows import WindowError
 
 __all__ = [
     "Box",
+    "Comparison",
     "Estimate",
+    "Evaluation",
+    "EvaluationSettings",
     "ExportedPolicy",
+    "FitResult",
+    "FitSettings",
     "LinearSolution",
     "LogError",
     "ModelMDP",
     "Noise",
     "Optimum",
+    "ParameterRow",
     "Params",
     "Policy",
     "PolicyExportError",
     "Rollout",
     "RolloutLog",
+    "RunScore",
     "Sensitivity",
     "SolveReport",
     "TuneResult",
@@ -56,6 +66,7 @@ __all__ = [
     "TuneStep",
     "UnconvergedError",
     "UnconvergedWarning",
+    "WindowError",
     "append_clock",
     "append_integral",
     "assign_grads",
@@ -69,9 +80,11 @@ __all__ = [
     "deterministic_policy",
     "discounted_return",
     "dot",
+    "evaluate",
     "expected_return",
     "exploring_policy",
     "export_policy",
+    "fit",
     "from_unbounded",
     "gain_schedule_policy",
     "gaussian_policy",

@@ -4,7 +4,8 @@
 2. Scan: with recorded inputs the misfit has a local minimum in the delay every sample or so. Candidates a quarter of
    a step apart (at most 64) whose misfit, the other parameters held, is below twice the least, are refined by a few
    steps each with the delay held; the best goes on.
-3. Full: all windows, the exact curvature of the loss.
+3. Full: all windows, w^2 in the Hessian: nearly as fast as the exact w^3 and, where friction sticks and the misfit is
+   rough, several times fewer refused steps (double pendulum, 636 windows: 4 steps against more than 20).
 
 A snapshot is that of the running `levenberg_marquardt` plus the number of the stage, the best x so far with its misfit
 and the candidates; everything else is recomputed from them, so a resumed search ends bitwise equal.
@@ -68,7 +69,7 @@ def search(
         found = _rough_stage(rough, now, max_steps, _reporter(on_step, now), inner)
         now, inner = _next(rough, now, found), None
     return levenberg_marquardt(
-        objective(misfit),
+        objective(misfit, power=2),
         now.best,
         low=unknowns.low,
         high=unknowns.high,

@@ -38,8 +38,8 @@ def row_weight(misfit: Misfit) -> float:
 def objective(misfit: Misfit, *, power: int = 3) -> Objective:
     """F(x) and its Gauss-Newton model, for `levenberg_marquardt`.
 
-    power: of w in the Hessian. 3 is the exact curvature of the loss, fast near the optimum; 1 bounds it from above
-    (iteratively reweighted squares), steady far from it.
+    power: of w in the Hessian. 3 is the exact curvature of the loss, fast near the optimum of a smooth problem; 1
+    bounds it from above (iteratively reweighted squares), steady far from it; 2 lies between.
     """
     weight, unknowns = row_weight(misfit), misfit.unknowns
     robust = None if misfit.scale is None else weight * misfit.scale

@@ -171,7 +171,7 @@ def adjoint_roll(
         adjoint[t] += (A[t].mT @ adjoint[t + 1].unsqueeze(-1)).squeeze(-1)
     flat_states, flat_noise = states[:-1].flatten(0, 1), noise.flatten(0, 1)
     step = lambda p, a: mdp.step(theta | p, flat_states, a, flat_noise)
-    _, pull = vjp(step, {key: theta[key] for key in free}, actions.flatten(0, 1))
+    pull = vjp(step, {key: theta[key] for key in free}, actions.flatten(0, 1))[1]
     by_params, by_action = pull(adjoint[1:].flatten(0, 1))
     return by_params, adjoint[0], by_action.view(actions.shape)
 
@@ -204,7 +204,7 @@ def warm_start(mdp: ModelMDP, theta: Params, warm: WarmUp, actions: Tensor, nois
     for _ in range(_WARM_ITERATIONS):
         states = roll(mdp, theta, x, actions, noise)
         A = step_jacobians(mdp, theta, (), states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1)).state
-        T, W, n = actions.shape[0], *x.shape
+        T, (W, n) = len(actions), x.shape
         _, Phi = forward_sensitivity(A.unflatten(0, (T, W)), A.new_zeros(T, W, n, 0), range(T + 1))
         C, _ = observe_jacobians(mdp, theta, (), states.flatten(0, 1))
         G = (C[:, warm.columns].unflatten(0, (T + 1, W)) @ Phi).permute(1, 0, 2, 3).flatten(1, 2)

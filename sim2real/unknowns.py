@@ -120,19 +120,19 @@ def make_unknowns(
     zero = _lay_out(entries, "zero", nuisance.zeros, runs, channels.signals, mdp.units, nuisance.zero_std)
     rate = _lay_out(entries, "start", nuisance.rates, runs, rates, mdp.units, nuisance.rate_std)
     columns = list(zip(*entries, strict=True)) if entries else [()] * 7
-    start, low, high, mean, std = (torch.tensor(column, dtype=log.signals.dtype) for column in columns[2:])
-    if not bool((std > 0).all()):
+    numbers = torch.tensor([list(column) for column in columns[2:]], dtype=log.signals.dtype)
+    if not bool((numbers[4] > 0).all()):
         raise ValueError("every prior needs a standard deviation > 0")
     return Unknowns(
         names=tuple(columns[0]),
         units=tuple(columns[1]),
         free=tuple(free),
         theta=dict(theta),
-        start=start,
-        low=low,
-        high=high,
-        mean=mean,
-        std=std,
+        start=numbers[0],
+        low=numbers[1],
+        high=numbers[2],
+        mean=numbers[3],
+        std=numbers[4],
         count=count,
         delay=nuisance.delay is not None,
         zero=zero,

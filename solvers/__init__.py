@@ -11,12 +11,16 @@ from sim2real.solvers.bellman import (
     state_values,
 )
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
+from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 
 __all__ = [
     "BellmanOptimum",
+    "Minimum",
+    "Objective",
+    "QuadraticModel",
     "UnstableError",
     "cg",
     "dense",
@@ -24,6 +28,8 @@ __all__ = [
     "implicit_argmax",
     "implicit_fixed_point",
     "implicit_root",
+    "least_squares",
+    "levenberg_marquardt",
     "lyapunov",
     "mean_square_radius",
     "optimal_actions",

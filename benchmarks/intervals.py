@@ -20,7 +20,7 @@ from torch.func import jacrev
 
 from sim2real.bounds import Box
 from sim2real.fit import FitResult, FitSettings, fit
-from sim2real.identifiability import parameter_scale
+from sim2real.identifiability import parameter_range
 from sim2real.log import RolloutLog, select_episodes
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
@@ -36,7 +36,7 @@ MECHANICAL = FitSettings(horizon=WINDOW, stride=0.25, sample_every=5, loss_scale
 HOUSE = FitSettings(
     horizon=24 * HOUR,
     warmup=24 * HOUR,
-    stride=12 * HOUR,
+    stride=24 * HOUR,
     sample_every=2,
     first_row=0,
     margin=0,
@@ -92,26 +92,27 @@ def multisine(batch: int, steps: int, dt: float, generator: torch.Generator) -> 
     return torch.sin(2 * math.pi * ((0.2 + 1.8 * uniform[0]) * time + uniform[1])).sum(1) / math.sqrt(6)
 
 
-def true_params(planted: Planted) -> Params:
-    return {key: torch.tensor(value, dtype=torch.float64) for key, value in planted.truth.items()}
+def simulate(planted: Planted, state: Tensor, actions: Tensor, exogenous: Tensor) -> Tensor:
+    """States `[B, T+1, n]` of the model with the planted parameters."""
+    theta = {key: torch.tensor(value, dtype=torch.float64) for key, value in planted.truth.items()}
+    path = [state]
+    for action, e in zip(actions.unbind(1), exogenous.unbind(1), strict=True):
+        path.append(planted.mdp.step(theta, path[-1], action, e))
+    return torch.stack(path, 1)
 
 
 def machine(planted: Planted, seeds: int, setting: Setting, generator: torch.Generator) -> RolloutLog:
     """A driven machine from rest, one episode per seed: disturbed torques, noisy angles, their smoothed derivatives."""
-    mdp, theta = planted.mdp, true_params(planted)
+    mdp = planted.mdp
     states, actions = mdp.names["state"], mdp.names["action"]
     joints, steps = len(actions), round(setting.length / mdp.dt)
     draw = lambda source: torch.stack([source(j) for j in range(joints)], -1)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)[:joints]
     torque = planted.drive * weights * draw(lambda j: multisine(seeds, steps, mdp.dt, generator))
     disturbance = setting.disturbance * weights * draw(lambda j: coloured(seeds, steps, mdp.dt, MEMORY, generator))
-    state, path = torch.zeros(seeds, len(states), dtype=torch.float64), []
+    state = torch.zeros(seeds, len(states), dtype=torch.float64)
     state[:, :joints] = planted.released_at
-    for applied in (torque + disturbance).unbind(1):
-        path.append(state)
-        state = mdp.step(theta, state, applied, state[:, :0])
-    path.append(state)
-    angles = torch.stack(path, 1)[..., :joints]
+    angles = simulate(planted, state, torque + disturbance, torque[..., :0])[..., :joints]
     angles = angles + ANGLE_NOISE * normal(*angles.shape, generator=generator)
     rates = torch.from_numpy(savgol_filter(angles.numpy(), 11, 3, deriv=1, delta=mdp.dt, axis=1))
     return as_log(mdp, torch.cat([angles, rates], -1), torque, None)
@@ -127,9 +128,8 @@ def house(planted: Planted, seeds: int, setting: Setting, generator: torch.Gener
     power = planted.drive * (3 * switched * (1 + 0.5 * torch.sin(2 * math.pi * hour / 168)) + 2 * daytime)
     gains = setting.disturbance * coloured(seeds, steps, 1.0, 3.0, generator)
     state = torch.full((seeds, len(planted.mdp.names["state"])), 15.0, dtype=torch.float64)
-    inputs = (power + gains).unsqueeze(-1), outdoor.unsqueeze(-1)
-    path = planted.mdp.open_loop(true_params(planted), state, *inputs)
-    indoor = path[..., :1] + 0.05 * normal(seeds, steps + 1, 1, generator=generator)
+    states = simulate(planted, state, (power + gains).unsqueeze(-1), outdoor.unsqueeze(-1))
+    indoor = states[..., :1] + 0.05 * normal(seeds, steps + 1, 1, generator=generator)
     return as_log(planted.mdp, indoor, power.unsqueeze(-1), outdoor.unsqueeze(-1))
 
 
@@ -166,7 +166,7 @@ DOUBLE_PENDULUM = Planted(
 )
 HOUSE_2 = Planted(
     "house",
-    building_rc(2),
+    building_rc(2, integrator="rk4"),
     truth={"Ci": 12.0, "Ce": 60.0, "Rie": 0.15, "Ria": 2.0, "Rea": 0.8},
     start={"Ci": 16.0, "Ce": 48.0, "Rie": 0.2, "Ria": 1.6, "Rea": 1.0},
     settings=HOUSE,
@@ -289,8 +289,9 @@ def coverage(quick: bool) -> Iterator[Figure]:
 
 def flags(planted: Planted, result: FitResult) -> Tensor:
     """For each planted direction, whether it lies in the span of those that the fit says are not fixed, `[K]` bool."""
-    names = [row.name for row in result.rows]
-    scale = torch.stack([*parameter_scale(planted.mdp.box, {name: result.theta[name] for name in names}).values()])
+    names, box = [row.name for row in result.rows], planted.mdp.box
+    known = [[row.value, box.low[row.name], box.high[row.name], row.prior[1]] for row in result.rows if row.prior]
+    scale = parameter_range(*torch.tensor(known, dtype=torch.float64).unbind(1))
     gradients = jacrev(planted.functions)(result.theta)
     slopes = torch.stack([gradients[name] for name in names], 1) * scale
     null = torch.linalg.svd(slopes).Vh[slopes.shape[0] :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sim2real.gauss_newton import MANY, global_jacobian, row_weight
-from sim2real.identifiability import describe, identifiability
+from sim2real.identifiability import describe, identifiability, parameter_range
 from sim2real.intervals import BLOCK_SECONDS, WINDOWS_PER_BLOCK, Linearization, jackknife, soft_l1_weights
 from sim2real.misfit import Misfit, Rolled, linearize
 from sim2real.solvers.least_squares import Minimum
@@ -18,7 +18,7 @@ from sim2real.unknowns import Unknowns
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One line of the result table; `low`, `high`: 90 % interval (NaN where neither data nor prior fix it)."""
+    """One line of the table; `low`, `high`: 90 % interval within bounds (NaN where neither data nor prior fix it)."""
 
     name: str
     value: float
@@ -64,7 +64,7 @@ def fit_facts(misfit: Misfit, found: Minimum, silent: Tensor, *, block: float = 
     facts = identifiability(
         windows,
         unknowns.names,
-        _ranges(unknowns, found.x),
+        parameter_range(found.x, unknowns.low, unknowns.high, unknowns.std),
         nuisance=nuisance,
         prior_precision=precision,
         block_seconds=seconds,
@@ -97,12 +97,6 @@ def _linearization(misfit: Misfit, found: Minimum) -> Linearization:
     )
 
 
-def _ranges(unknowns: Unknowns, x: Tensor) -> Tensor:
-    """The range within which each unknown is known beforehand: its prior, else its box, else its own size."""
-    width, size = unknowns.high - unknowns.low, torch.where(x == 0, torch.ones_like(x), x.abs())
-    return torch.where(unknowns.std.isfinite(), unknowns.std, torch.where(width.isfinite(), width, size))
-
-
 def _rows(
     unknowns: Unknowns, found: Minimum, half_width: Tensor, silent: Tensor, identified: Tensor
 ) -> tuple[ParameterRow, ...]:
@@ -114,8 +108,8 @@ def _rows(
             name=name,
             value=at(found.x, k),
             unit=unit,
-            low=at(found.x - half_width, k),
-            high=at(found.x + half_width, k),
+            low=at(torch.maximum(found.x - half_width, unknowns.low), k),
+            high=at(torch.minimum(found.x + half_width, unknowns.high), k),
             prior=(at(unknowns.mean, k), at(unknowns.std, k)) if bool(unknowns.std[k].isfinite()) else None,
             at_bound=bool(at_bound[k]),
             reaches_output=not bool(silent[k]),

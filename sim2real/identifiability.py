@@ -24,9 +24,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from sim2real.bounds import Box
 from sim2real.intervals import Linearization, block_sums, check_linearization, deleted_block_shifts, make_blocks
-from sim2real.params import Params
 
 # Singular values below this, relative to the largest, are rounding: 1e2 times P times the unit round-off and more.
 _RANK_TOLERANCE = 1e-11
@@ -103,26 +101,16 @@ def identifiability(
     )
 
 
-def parameter_scale(box: Box, theta: Params, priors: Mapping[str, tuple[float, float]] | None = None) -> Params:
-    """The range of each parameter, in its unit: how much is known about it before the data.
+def parameter_range(value: Tensor, low: Tensor, high: Tensor, prior_std: Tensor) -> Tensor:
+    """How much is known about each parameter before the data, all `[P]` in its unit: the `scale` of `identifiability`.
 
-    The standard deviation of its prior (mean, std) if it has one; the value itself for a positive quantity (lower
-    bound above 0: a factor e either way); otherwise the width of its box; the value (or 1, when that is 0) without one.
+    The standard deviation of its prior, or the width of its box where that is infinite; for a positive quantity (lower
+    bound above 0) at most its value, a factor of about two either way. The value itself, or 1, where nothing is finite.
     """
-    scale = {}
-    for key, value in theta.items():
-        low, high = box.low.get(key, -float("inf")), box.high.get(key, float("inf"))
-        size = value.detach().abs()
-        width = torch.full_like(size, high - low)
-        if priors is not None and key in priors:
-            scale[key] = torch.full_like(size, priors[key][1])
-        elif low > 0:
-            scale[key] = torch.minimum(size, width)
-        elif high - low < float("inf"):
-            scale[key] = width
-        else:
-            scale[key] = torch.where(size > 0, size, torch.ones_like(size))
-    return scale
+    size = torch.where(value == 0, torch.ones_like(value), value.abs())
+    known = torch.where(prior_std.isfinite(), prior_std, high - low)
+    known = torch.where(known.isfinite(), known, size)
+    return torch.where(low > 0, torch.minimum(known, size), known)
 
 
 def describe(direction: Mapping[str, float]) -> str:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sim2real.bounds import Box, default_params
-from sim2real.identifiability import describe, identifiability, parameter_scale
+from sim2real.bounds import default_params
+from sim2real.identifiability import describe, identifiability, parameter_range
 from sim2real.intervals import Linearization, jackknife
 from sim2real.simulators.double_pendulum import double_pendulum
 
@@ -155,7 +155,8 @@ def test_null_space_of_the_physical_double_pendulum():
     x = torch.stack([theta[name] for name in names])
     J = torch.func.jacfwd(angles)(x)
     noise = 0.01 * torch.randn(J.shape[:2], generator=g, dtype=torch.float64)
-    scale = torch.stack([*parameter_scale(mdp.box, {name: theta[name] for name in names}).values()])
+    limits = [torch.tensor([side[name] for name in names], dtype=torch.float64) for side in (mdp.box.low, mdp.box.high)]
+    scale = parameter_range(x, *limits, torch.full_like(x, torch.inf))
     found = identifiability(some_windows(J, noise), names, scale)
     null = torch.linalg.svd(torch.func.jacfwd(base_map)(x) * scale).Vh[6:]
     assert int(torch.isinf(found.half_width).sum()) == 4
@@ -187,15 +188,19 @@ def test_describe():
     assert describe({"m1": -0.8, "m2": -0.6, "b": 0.01}) == "0.80 m1 + 0.60 m2"
 
 
-def test_scale_is_what_is_known_before_the_data():
-    box = Box(
-        low={"mass": 0.01, "offset": -2.0, "near": 0.5, "floor": 0.0},
-        high={"mass": 10.0, "offset": 2.0, "near": 0.6},
-    )
-    theta = {key: torch.tensor(value) for key, value in (("mass", 0.6), ("offset", 0.0), ("near", 0.55))}
-    theta |= {"floor": torch.tensor(0.0), "free": torch.tensor(-3.0), "prior": torch.tensor(1.0)}
-    scale = {key: float(value) for key, value in parameter_scale(box, theta, {"prior": (1.0, 0.2)}).items()}
-    assert scale == pytest.approx({"mass": 0.6, "offset": 4.0, "near": 0.1, "floor": 1.0, "free": 3.0, "prior": 0.2})
+def test_range_is_what_is_known_before_the_data():
+    """In turn: positive, signed, nearly known, with a prior, positive with a wide prior, unbounded, unbounded at 0."""
+    rows = [
+        (0.6, 0.01, 10.0, math.inf, 0.6),
+        (0.0, -2.0, 2.0, math.inf, 4.0),
+        (0.55, 0.5, 0.6, math.inf, 0.1),
+        (1.0, 0.0, 10.0, 0.2, 0.2),
+        (1.0, 0.1, 10.0, 5.0, 1.0),
+        (-3.0, -math.inf, math.inf, math.inf, 3.0),
+        (0.0, 0.0, math.inf, math.inf, 1.0),
+    ]
+    columns = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    torch.testing.assert_close(parameter_range(*columns[:4]), columns[4])
 
 
 @pytest.mark.parametrize(

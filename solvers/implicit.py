@@ -19,16 +19,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import grad, vjp, vmap
 
 from sim2real.params import Params, axpy, check_same_keys, ravel
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
+from sim2real.solvers.function_rules import forward_rule, primals, pushforward, saved
 from sim2real.solvers.linear import Matvec, Solve, cg, dense
 
 Residual = Callable[[Params, Params], Params]
@@ -69,7 +68,7 @@ def root_jvp(
 ) -> Params:
     """`(dnu/dtheta) tangent` at a root nu of `residual(theta, nu)`; otherwise as `root_vjp`."""
     check_same_keys(theta, tangent, "the tangent of root_jvp")
-    b = pushforward(lambda th: _checked(residual(th, nu), nu), (theta,), (tangent,))
+    b = pushforward(lambda th: _checked(residual(th, nu), nu), theta, tangent)
     w = _linear_solve(_operator(residual, solve, symmetric, strict, transposed=False), theta, nu, b)
     return {key: -value for key, value in w.items()}
 
@@ -137,36 +136,6 @@ def implicit_argmax(
     return implicit_root(residual, solver, solve=solve, symmetric=True, strict=strict, tol=tol)
 
 
-def forward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a `jvp` rule that makes it differentiable in forward mode again.
-
-    PyTorch turns forward mode off while such a rule runs, so that nested forward mode silently gives zero
-    (pytorch/pytorch issue 197867). Here it stays on; the rule must take its saved tensors from `primals(ctx)`.
-    """
-
-    @wraps(rule)
-    def nested(ctx: Any, *tangents: Tensor | None) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):
-            return rule(ctx, *tangents)
-
-    return nested
-
-
-def primals(ctx: Any) -> tuple[Tensor, ...]:
-    """The saved tensors of a `jvp` rule without their tangents of the level being differentiated."""
-    return tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
-
-
-def pushforward(function: Callable[..., Any], inputs: Any, tangents: Any) -> Any:
-    """Jacobian of `function(*inputs)` times tangents, as the transpose of vjp.
-
-    `torch.func.jvp` cannot be used inside the `jvp` rule of an autograd function under plain forward mode; this can.
-    """
-    value, pull = vjp(function, *inputs)[:2]
-    zeros = {key: torch.zeros_like(x) for key, x in value.items()} if isinstance(value, dict) else 0 * value
-    return vjp(pull, zeros)[1](tangents)[0]
-
-
 @dataclass(frozen=True)
 class _Condition:
     residual: Residual
@@ -201,14 +170,14 @@ class _Root(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         condition, *tensors = inputs
         ctx.condition = condition
-        saved = (*tensors[: len(condition.theta_keys)], *output)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        kept = (*tensors[: len(condition.theta_keys)], *output)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         condition = ctx.condition
-        theta, nu = condition.split(ctx.saved_tensors)
+        theta, nu = condition.split(saved(ctx))
         cotangent = dict(zip(condition.nu_keys, grads, strict=True))
         options = {"solve": condition.solve, "symmetric": condition.symmetric, "strict": condition.strict}
         pulled = root_vjp(condition.residual, theta, nu, cotangent, **options)
@@ -311,14 +280,14 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.operator, ctx.keys, *tensors = inputs
-        saved = (*tensors[: -len(output)], *output)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        kept = (*tensors[: -len(output)], *output)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operator, keys = ctx.operator, ctx.keys
-        p, x = _regroup(keys, ctx.saved_tensors)
+        p, x = _regroup(keys, saved(ctx))
         adjoint = replace(operator, linearise=operator.transposed, transposed=operator.linearise)
         w = _LinearSolve.apply(adjoint, keys, *p[0].values(), *p[1].values(), *grads)
         (pulled,) = vjp(lambda q: operator.linearise(q)(x), p)[1](dict(zip(keys[1], w, strict=True)))
@@ -327,11 +296,11 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, _operator: None, _keys: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        operator, keys, saved = ctx.operator, ctx.keys, primals(ctx)
-        p, x = _regroup(keys, saved)
-        filled = tuple(torch.zeros_like(s) if t is None else t for s, t in zip(saved, tangents, strict=True))
+        operator, keys, values = ctx.operator, ctx.keys, primals(ctx)
+        p, x = _regroup(keys, values)
+        filled = tuple(torch.zeros_like(s) if t is None else t for s, t in zip(values, tangents, strict=True))
         dp, db = _regroup(keys, filled)
-        change = pushforward(lambda q: operator.linearise(q)(x), (p,), (dp,))
+        change = pushforward(lambda q: operator.linearise(q)(x), p, dp)
         rhs = (db[key] - change[key] for key in keys[1])
         return _LinearSolve.apply(operator, keys, *p[0].values(), *p[1].values(), *rhs)
 

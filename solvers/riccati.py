@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
-from sim2real.solvers.implicit import forward_rule, primals, pushforward
+from sim2real.solvers.function_rules import forward_rule, primals
 
 
 class UnstableError(ValueError):
@@ -129,18 +128,27 @@ class _Riccati(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         *inputs, P = ctx.saved_tensors
+        A, B, _, _, gamma, noise = inputs
         K, closed, channels = _closed_loop(inputs, P)
         # adjoint of X -> closed'X closed + ...: the covariance equation
         Y = _Lyapunov.apply(closed.mT, 0.5 * (grad + grad.mT), channels.mT)
-        pull = vjp(lambda *x: _bellman(P, K, *x), *inputs)[1]
-        return pull(Y)
+        g, M = gamma[..., None, None], A - B @ K
+        pulled_M, pulled_R = 2 * g * (P @ M @ Y), K @ Y @ K.mT
+        pulled_gamma = (Y * _lyapunov_map(M, noise @ K.unsqueeze(-3), P)).sum((-2, -1))
+        pulled_noise = 2 * g.unsqueeze(-3) * (P.unsqueeze(-3) @ noise @ pulled_R.unsqueeze(-3))
+        pulled = (pulled_M, -pulled_M @ K.mT, Y, pulled_R, pulled_gamma, pulled_noise)
+        return tuple(_sum_to(value, x) for value, x in zip(pulled, inputs, strict=True))
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         *inputs, P = primals(ctx)
+        A, B, _, _, gamma, noise = inputs
+        dA, dB, dQ, dR, dgamma, dnoise = _filled(tangents, tuple(inputs))
         K, closed, channels = _closed_loop(inputs, P)
-        dW = pushforward(lambda *x: _bellman(P, K, *x), tuple(inputs), _filled(tangents, tuple(inputs)))
+        g, M, dM, N = gamma[..., None, None], A - B @ K, dA - dB @ K, noise @ K.unsqueeze(-3)
+        moved = _lyapunov_change(M, N, P, dM, dnoise @ K.unsqueeze(-3))
+        dW = dQ + K.mT @ dR @ K + dgamma[..., None, None] * _lyapunov_map(M, N, P) + g * moved
         return _Lyapunov.apply(closed, dW, channels)
 
     @staticmethod
@@ -164,16 +172,17 @@ class _Lyapunov(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         A, W, noise, X = ctx.saved_tensors
         Y = _Lyapunov.apply(A.mT, grad, noise.mT)
-        pull = vjp(lambda A, W, noise: _lyapunov_map(A, noise, X) + W, A, W, noise)[1]
-        return pull(Y)
+        pulled_A = X @ A @ Y.mT + X.mT @ A @ Y
+        X, Z = X.unsqueeze(-3), Y.unsqueeze(-3)
+        pulled_noise = X @ noise @ Z.mT + X.mT @ noise @ Z
+        return _sum_to(pulled_A, A), _sum_to(Y, W), _sum_to(pulled_noise, noise)
 
     @staticmethod
     @forward_rule
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         *inputs, X = primals(ctx)
-        change = pushforward(
-            lambda A, W, N: _lyapunov_map(A, N, X) + W, tuple(inputs), _filled(tangents, tuple(inputs))
-        )
+        dA, dW, dnoise = _filled(tangents, tuple(inputs))
+        change = dW + _lyapunov_change(inputs[0], inputs[2], X, dA, dnoise)
         return _Lyapunov.apply(inputs[0], change, inputs[2])
 
     @staticmethod
@@ -194,6 +203,20 @@ def _closed_loop(inputs: list[Tensor], P: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _lyapunov_map(A: Tensor, noise: Tensor, X: Tensor) -> Tensor:
     return A.mT @ X @ A + (noise.mT @ X.unsqueeze(-3) @ noise).sum(-3)
+
+
+def _lyapunov_change(A: Tensor, noise: Tensor, X: Tensor, dA: Tensor, dnoise: Tensor) -> Tensor:
+    """Change of `_lyapunov_map` with A and noise."""
+    Z = X.unsqueeze(-3)
+    scattered = dnoise.mT @ Z @ noise + noise.mT @ Z @ dnoise
+    return dA.mT @ X @ A + A.mT @ X @ dA + scattered.sum(-3)
+
+
+def _sum_to(value: Tensor, like: Tensor) -> Tensor:
+    """Transpose of the broadcast of `like` to the shape of `value`."""
+    value = value.sum(tuple(range(value.ndim - like.ndim))) if value.ndim > like.ndim else value
+    spread = tuple(d for d in range(like.ndim) if like.shape[d] == 1 and value.shape[d] != 1)
+    return value.sum(spread, keepdim=True) if spread else value
 
 
 def _leading(

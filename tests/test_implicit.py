@@ -158,7 +158,7 @@ def test_root_with_unsymmetric_jacobian() -> None:
     f = lambda M, c: ravel(layer({"M": M, "c": c}, nu0))
     theta = theta_quartic(1)
     inputs = (theta["M"].requires_grad_(), theta["c"].requires_grad_())
-    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(
         lambda c: f(inputs[0].detach(), c), inputs[1:], check_fwd_over_rev=True, fast_mode=True
     )
@@ -168,6 +168,23 @@ def test_root_with_unsymmetric_jacobian() -> None:
     pushed = root_jvp(unsymmetric, theta, nu, tangent)
     pulled = root_vjp(unsymmetric, theta, nu, {key: torch.ones_like(value) for key, value in nu.items()})
     assert float(ravel(pushed).sum()) == pytest.approx(float(ravel(pulled).sum()), rel=1e-12)
+
+
+def test_a_layer_inside_the_return_of_another_one() -> None:
+    inner = implicit_root(cubic, newton)
+
+    def J(theta: Params, nu: Params) -> Tensor:
+        x = inner({"a": nu["y"] ** 2 + 1, "b": theta["t"] + nu["y"]}, {"x": scalar(1.0)})["x"]
+        return x - 0.5 * (nu["y"] - theta["t"]) ** 2
+
+    outer = implicit_argmax(J, lambda theta, nu: policy_optimum(J, theta, nu).nu, solve=exact_cg)
+    f = lambda t: outer({"t": t}, {"y": scalar(0.5)})["y"]
+    t, h = scalar(1.3), 1e-4
+    slope, bend = float(f(t + h) - f(t - h)) / (2 * h), float(f(t + h) - 2 * f(t) + f(t - h)) / h**2
+    for first in (jacrev, jacfwd):
+        assert float(first(f)(t)) == pytest.approx(slope, rel=1e-7)  # truncation 1e-8
+        for second in (jacrev, jacfwd):
+            assert float(second(first(f))(t)) == pytest.approx(bend, rel=1e-5)  # rounding 1e-16 / 1e-8
 
 
 def test_fixed_point() -> None:

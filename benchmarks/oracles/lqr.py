@@ -34,10 +34,10 @@ def optimal_gain(s: Matrices) -> tuple[np.ndarray, np.ndarray]:
     return P, np.linalg.solve(R + g * B.T @ P @ B, g * B.T @ P @ A)
 
 
-def gain_jvp(s: Matrices, tangent: Matrices) -> np.ndarray:
+def gain_jvp(s: Matrices, tangent: Matrices, optimum: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
     """dK for a change `tangent` of any of the matrices (missing ones do not change)."""
     A, B, R, g = s["A"], s["B"], s["R"], float(s["discount"])
-    P, K = optimal_gain(s)
+    P, K = optimal_gain(s) if optimum is None else optimum
     zero = {key: np.zeros_like(value) for key, value in s.items()} | tangent
     dA, dB, dQ, dR, dg = (zero[key] for key in ("A", "B", "Q", "R", "discount"))
     M, dM = A - B @ K, dA - dB @ K
@@ -51,12 +51,12 @@ def gain_jvp(s: Matrices, tangent: Matrices) -> np.ndarray:
 
 def gain_jacobian(s: Matrices, keys: tuple[str, ...] = ("A", "B")) -> Matrices:
     """dK/dkey `[m, n, *shape of key]`, one Lyapunov equation per entry."""
-    jacobian = {}
+    jacobian, optimum = {}, optimal_gain(s)
     for key in keys:
         columns = np.zeros((*s["B"].T.shape, s[key].size))
         for i in range(s[key].size):
             unit = np.zeros(s[key].size)
             unit[i] = 1.0
-            columns[..., i] = gain_jvp(s, {key: unit.reshape(s[key].shape)})
+            columns[..., i] = gain_jvp(s, {key: unit.reshape(s[key].shape)}, optimum)
         jacobian[key] = columns.reshape(*s["B"].T.shape, *s[key].shape)
     return jacobian

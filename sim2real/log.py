@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -55,8 +56,11 @@ def load_log(
 
     `schema`: a YAML file, a mapping or a `LogSchema`; None looks for `<log>.yaml` beside the file, then `schema.yaml`
     in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that grid by resampling.
-    A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where there is one.
+    A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where there is one, and
+    `ValueError` for a `dt` that is no period.
     """
+    if dt is not None and not (math.isfinite(dt) and dt > 0):
+        raise ValueError(f"dt must be a finite period above 0 s, got {dt}")
     found = _find_files(path)
     if schema is None and found[0][0].suffix == ".parquet" and is_saved_log(found[0][0]):
         if overrides or dt is not None:

@@ -38,9 +38,12 @@ def read_episodes(path: Path, schema: LogSchema) -> list[RawEpisode]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise LogError(f"unknown suffix '{path.suffix}'; known: {', '.join(READERS)}", file=path)
-    if path.stat().st_size == 0:
-        raise LogError("the file is empty (0 bytes)", file=path)
-    episodes = reader(path, schema)
+    try:
+        if path.stat().st_size == 0:
+            raise LogError("the file is empty (0 bytes)", file=path)
+        episodes = reader(path, schema)
+    except OSError as error:
+        raise LogError(f"cannot be read: {error}", file=path) from error
     return episodes if schema.episode is None else [part for raw in episodes for part in _split(raw, schema)]
 
 

@@ -95,7 +95,7 @@ def rig_rollout(
         raise ValueError(f"initial has shape {start.shape}, expected ({episodes}, 2): angle and velocity of each run")
     substeps, lag = round(rig.control_period / rig.fine_step), round(rig.delay / rig.fine_step)
     q, v = start[:, 0].copy(), start[:, 1].copy()
-    mechanics = (q.copy(), v.copy(), q, v, np.zeros(episodes))
+    mechanics: tuple[Array, ...] = (q.copy(), v.copy(), q, v, np.zeros(episodes))
     smoothing = rig.control_period / (rig.velocity_filter + rig.control_period)
     angle = _encoder(q, zeros, rig)
     velocity = v.copy()
@@ -114,7 +114,7 @@ def rig_rollout(
         velocity = velocity + smoothing * ((angle - previous) / rig.control_period - velocity)
         states.append(np.stack([angle, velocity], 1))
     return RigTrajectory(
-        times=rig.control_period * np.arange(steps + 1),
+        times=np.asarray(rig.control_period * np.arange(steps + 1), dtype=np.float64),
         states=np.stack(states, 1),
         torques=np.stack(torques, 1),
         zeros=zeros,

@@ -779,6 +779,24 @@ def test_bad_overrides(override: str, match: str, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / CANARY).exists()
 
 
+@pytest.mark.parametrize("dt", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_period_that_is_none(dt: float, tmp_path: Path) -> None:
+    path, schema = csv(TEXT)(tmp_path)
+    with pytest.raises(ValueError, match="dt must be a finite period"):
+        load_log(path, schema, dt=dt)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, schema = csv(TEXT)(tmp_path)
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, whom no mode bits stop
+    with pytest.raises(LogError, match=r"cannot be read: .*Permission denied"):
+        load_log(path, schema)
+
+
 def test_a_saved_log_takes_no_overrides(tmp_path: Path) -> None:
     path, schema = csv(TEXT)(tmp_path)
     save_log(load_log(path, schema), tmp_path / "saved.parquet")

@@ -61,20 +61,22 @@ def linear_gaussian(
         following = mean(theta, state, action)
         if not noisy:
             return following
-        noise = _apply(factor, e)
+        noise = _apply(_like(factor, e), e)
         return following + (theta["noise_scale"].unsqueeze(-1) * noise if "noise_scale" in theta else noise)
 
     def log_prob(theta: Params, state: Tensor, action: Tensor, following: Tensor) -> Tensor:
         scale = theta["noise_scale"] if "noise_scale" in theta else state.new_ones(())
-        return _normal_log_density(following - mean(theta, state, action), factor * scale[..., None, None])
+        return _normal_log_density(
+            following - mean(theta, state, action), _like(factor, state) * scale[..., None, None]
+        )
 
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
-        return -(state * _apply(Q, state)).sum(-1) - (action * _apply(R, action)).sum(-1)
+        return -(state * _apply(_like(Q, state), state)).sum(-1) - (action * _apply(_like(R, state), action)).sum(-1)
 
     states = tuple(f"s{i + 1}" for i in range(n))
     actions = tuple(f"a{j + 1}" for j in range(m))
     return ModelMDP(
-        initial_state=lambda theta, e0: start + _apply(spread, e0),
+        initial_state=lambda theta, e0: _like(start, e0) + _apply(_like(spread, e0), e0),
         step=step,
         reward=reward,
         noise_dims=(n, n if noisy else 0),
@@ -127,12 +129,16 @@ def multiplicative_noise_lqr(
 
     def log_prob(theta: Params, state: Tensor, action: Tensor, following: Tensor) -> Tensor:
         columns = theta["B"] * (theta["sigma"].unsqueeze(-1) * action).unsqueeze(-2)
-        factor = torch.linalg.cholesky(covariance + columns @ columns.mT)
+        factor = torch.linalg.cholesky(_like(covariance, state) + columns @ columns.mT)
         mean = _apply(theta["A"], state) + _apply(theta["B"], action)
         return _normal_log_density(following - mean, factor)
 
     box = Box(low={"sigma": 0.0}, unit=model.box.unit | {"sigma": "1"}, default={"A": A, "B": B, "sigma": sigma})
     return replace(model, step=step, noise_dims=(n, n + m), log_prob=log_prob, box=box)
+
+
+def _like(constant: Tensor, value: Tensor) -> Tensor:
+    return constant.to(dtype=value.dtype, device=value.device)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -121,8 +121,6 @@ def test_declared_names_units_and_bounds(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_dtype_follows_the_inputs_and_inputs_stay_as_they_were(name: str) -> None:
     case = CASES[name]
-    if name in ("linear Gaussian", "multiplicative noise"):
-        pytest.skip("their matrices are given in the dtype to compute in")
     theta = {key: value.float() for key, value in case.theta.items()}
     _, _, noise = closed_loop(case, batch=2, horizon=1)
     state = case.mdp.initial_state(theta, noise.initial.float())
@@ -131,6 +129,8 @@ def test_dtype_follows_the_inputs_and_inputs_stay_as_they_were(name: str) -> Non
     following = case.mdp.step(theta, state, action, e)
     assert following.dtype == torch.float32
     assert case.mdp.reward(theta, state, action, e, following).dtype == torch.float32
+    if case.mdp.log_prob is not None:
+        assert case.mdp.log_prob(theta, state, action, following).dtype == torch.float32
     assert torch.equal(state, before)
 
 

@@ -154,8 +154,11 @@ def leverage_weights(phi: Tensor) -> Tensor:
 
 def critic_system(
     policy: Policy, nu: Params, data: Transitions, initial_states: Tensor | None, features: Features, groups: int
-) -> CriticSystem:
-    """The sums of both systems by groups of the data; `initial_states [E, n]` None: where the episodes start."""
+) -> tuple[CriticSystem, Tensor]:
+    """The sums of both systems by groups of the data, and the weighted features `c phi [N, q]`.
+
+    `initial_states [E, n]` None: where the episodes start.
+    """
     group, first_group = groups_of(data, groups)
     phi = features(data.states, data.actions)
     weighted = leverage_weights(phi).unsqueeze(-1) * phi
@@ -165,17 +168,17 @@ def critic_system(
     if initial_states is not None:
         first_group = torch.full((len(first),), -1, device=phi.device)
     common = first_group < 0  # in no group: spread evenly, so that leaving a group out keeps their mean
-    count = int(group.max()) + 1
-    parts: dict[str, list[Tensor]] = {"gram": [], "cross": [], "reward": [], "initial": [], "initial_count": []}
+    count, rewards = int(group.max()) + 1, data.rewards.double()
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("gram", "cross", "reward", "initial", "initial_count")}
     for g in range(count):
         rows, own = group == g, first_group == g
         chosen = weighted[rows]
         parts["gram"].append(chosen.T @ phi[rows])
         parts["cross"].append(chosen.T @ following[rows])
-        parts["reward"].append(chosen.T @ data.rewards[rows].double())
+        parts["reward"].append(chosen.T @ rewards[rows])
         parts["initial"].append(start[own].sum(0) + start[common].sum(0) / count)
         parts["initial_count"].append((own.sum() + common.sum() / count).to(phi.dtype))
-    return CriticSystem(**{name: torch.stack(values) for name, values in parts.items()})
+    return CriticSystem(**{name: torch.stack(values) for name, values in parts.items()}), weighted
 
 
 def solve_critic(system: CriticSystem, real_discount: float, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +234,7 @@ def least_squares_critic(
     `ridge` is relative to the mean square of the features. Raises `CriticError` when the data cannot identify it.
     """
     phi = scaled_features(features if features is not None else quadratic_features(data), data)
-    system = critic_system(policy, nu, data, initial_states, phi, groups=1)
+    system, _ = critic_system(policy, nu, data, initial_states, phi, groups=1)
     condition, radius = check_identified(system, real_discount, ridge)
     weights, visits, value = solve_critic(system, real_discount, ridge)
     return Critic(weights, visits, phi, value, condition, radius)

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from sim2real.estimators.critic import (
     CriticSystem,
@@ -28,7 +29,6 @@ from sim2real.estimators.critic import (
     act,
     check_identified,
     critic_system,
-    leverage_weights,
     noise_nodes,
     quadratic_features,
     scaled_features,
@@ -40,8 +40,8 @@ from sim2real.params import Estimate, Params, ravel, unravel
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout
 
-# output of the policy with its graph, and the cotangent per unit of state weight for given critic weights
-Graph = tuple[Tensor, Callable[[Tensor], Tensor]]
+Graph = tuple[Tensor, list[Tensor]]
+"""what nu moves, `[M, k]` with its graph, and for each of its k columns the features `[M, q]` that price it"""
 
 
 def logged_policy_gradient(
@@ -66,8 +66,9 @@ def logged_policy_gradient(
     deterministic policy and "score" (grad log pi A) for a stochastic one; "pathwise" also suits reparameterised noise.
     info: "stderr" `[P]` of the gradient (raveled) and "value_stderr", by leaving out `groups` groups of episodes (or
     blocks of time) in turn, with "replicates" `[G, P]` and "value_replicates" `[G]`; "effective_sample_size" (of the
-    state weights), "transitions", "condition", "bellman_radius", "ridge". A Bellman radius >= 1 means that the policy
-    is unstable on the data, or the data are too far from it: do not trust the estimate.
+    state weights), "transitions", "condition", "bellman_radius", "ridge", and the range "return_low", "return_high" of
+    returns that rewards between the extremes recorded allow. A Bellman radius >= 1, or a return outside that range,
+    means that the policy is unstable on the data, or too far from them for the features: do not trust the estimate.
     Raises `CriticError` when the data cannot identify the critic, `ValueError` for data that do not match.
     """
     if not 0 < real_discount <= 1:
@@ -77,10 +78,10 @@ def logged_policy_gradient(
     data = transitions(log, real_reward, terminal=terminal)
     fixed = {key: value.detach() for key, value in nu.items()}
     phi = scaled_features(features if features is not None else quadratic_features(data), data)
-    system = critic_system(policy, fixed, data, initial_states, phi, max(groups, 1))
+    system, weighted = critic_system(policy, fixed, data, initial_states, phi, max(groups, 1))
     condition, radius = check_identified(system, real_discount, ridge)
     chosen = method if method != "auto" else ("pathwise" if policy.noise_dim == 0 else "score")
-    states, weigh = _state_weights(data, initial_states, phi, system, real_discount, weights, max(groups, 1))
+    states, weigh = _state_weights(data, initial_states, weighted, real_discount, weights, max(groups, 1))
     leaves = {key: value.clone().requires_grad_() for key, value in fixed.items()}
     graphs = _policy_graphs(policy, leaves, states, phi, chosen)
 
@@ -95,7 +96,9 @@ def logged_policy_gradient(
     info = {
         "effective_sample_size": state_weights.sum().square() / state_weights.square().sum(),
     }
+    low, high = _return_range(data, real_discount)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
+    figures |= {"return_low": low, "return_high": high}
     info |= {key: torch.tensor(figure, dtype=torch.float64) for key, figure in figures.items()}
     if groups and len(system.gram) > 1:
         left = [estimate(g) for g in range(len(system.gram))]
@@ -109,6 +112,15 @@ def logged_policy_gradient(
     return Estimate(value=value.detach(), grad=grad, info={key: item.detach() for key, item in info.items()})
 
 
+def _return_range(data: Transitions, real_discount: float) -> tuple[float, float]:
+    """Returns of the smallest and the largest reward recorded, received for ever; 0 is possible where episodes end."""
+    span = 1 / (1 - real_discount) if real_discount < 1 else math.inf
+    low, high = float(data.rewards.min()), float(data.rewards.max())
+    if bool(data.ended.any()):
+        low, high = min(low, 0.0), max(high, 0.0)
+    return low * span if low else 0.0, high * span if high else 0.0
+
+
 def jackknife_stderr(replicates: Tensor) -> Tensor:
     """Standard error from delete-one-group estimates `[G, ...]`: sqrt((G-1)/G sum (x_g - mean)^2)."""
     count = len(replicates)
@@ -118,8 +130,7 @@ def jackknife_stderr(replicates: Tensor) -> Tensor:
 def _state_weights(
     data: Transitions,
     initial_states: Tensor | None,
-    phi: Features,
-    system: CriticSystem,
+    weighted: Tensor,
     real_discount: float,
     weights: Literal["ratio", "discounted"],
     groups: int,
@@ -136,12 +147,10 @@ def _state_weights(
         return data.states, by_time
     first = data.initial_states if initial_states is None else initial_states
     belongs = first_group if initial_states is None else torch.full((len(first),), -1, device=first.device)
-    recorded = phi(data.states, data.actions)
-    recorded = leverage_weights(recorded).unsqueeze(-1) * recorded
     going_on = real_discount * (~data.ended).double()
 
     def by_ratio(visits: Tensor, left_out: int | None) -> Tensor:
-        start, later = torch.ones(len(first), dtype=visits.dtype, device=visits.device), (recorded @ visits) * going_on
+        start, later = torch.ones(len(first), dtype=visits.dtype, device=visits.device), (weighted @ visits) * going_on
         if left_out is not None:
             start, later = start * (belongs != left_out), later * (group != left_out)
         return torch.cat([start / start.sum(), later])
@@ -150,7 +159,7 @@ def _state_weights(
 
 
 def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features, method: str) -> list[Graph]:
-    """Per noise node: what nu moves (actions, or log pi of fixed actions) and its worth for given critic weights."""
+    """Per noise node: what nu moves (actions, or log pi of fixed actions), and what a unit of it is worth."""
     nodes, node_weights = noise_nodes(policy, leaves, states)
     fixed = {key: value.detach() for key, value in leaves.items()}
 
@@ -158,13 +167,10 @@ def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features
         actions = act(policy, leaves, states, node)
         if not actions.requires_grad:
             raise ValueError("the policy's action has no derivative in nu; use method='score'")
-
-        def slope(critic_weights: Tensor) -> Tensor:
-            free = actions.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad((phi(states, free) @ critic_weights).sum(), free)
-            return share.to(gradient) * gradient
-
-        return actions, slope
+        at = actions.detach()
+        directions = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
+        slopes = [jvp(lambda a: phi(states, a), (at,), (along.expand_as(at),))[1] for along in directions]
+        return actions, [share * slope for slope in slopes]
 
     if method == "pathwise":
         return [pathwise(node, share) for node, share in zip(nodes, node_weights, strict=True)]
@@ -173,20 +179,19 @@ def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features
 
     def score(action: Tensor, share: Tensor) -> Graph:
         log_prob = policy.log_prob(leaves, states.to(action.dtype), action).unsqueeze(-1)
-        advantage = phi(states, action) - average
-        return log_prob, lambda critic_weights: (share * (advantage @ critic_weights)).unsqueeze(-1).to(log_prob)
+        return log_prob, [share * (phi(states, action) - average)]
 
     return [score(action, share) for action, share in zip(sampled, node_weights, strict=True)]
 
 
 def _pull(graphs: list[Graph], leaves: Params, critic_weights: Tensor, state_weights: Tensor) -> Tensor:
     """The gradient in nu, raveled, in float64."""
-    total = torch.zeros(
-        sum(value.numel() for value in leaves.values()), dtype=torch.float64, device=state_weights.device
-    )
-    for output, worth in graphs:
-        cotangent = worth(critic_weights) * state_weights.unsqueeze(-1).to(output.dtype)
-        parts = torch.autograd.grad(output, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
-        filled = {k: torch.zeros_like(v) if p is None else p for (k, v), p in zip(leaves.items(), parts, strict=True)}
-        total = total + ravel(filled).double()
+    total = torch.zeros_like(ravel(leaves), dtype=torch.float64, requires_grad=False)
+    for output, priced in graphs:
+        worth = torch.stack([basis @ critic_weights for basis in priced], -1) * state_weights.unsqueeze(-1)
+        cotangent, targets = worth.to(output.dtype), list(leaves.values())
+        parts = torch.autograd.grad(
+            output, targets, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        total = total + ravel(dict(zip(leaves, parts, strict=True))).double()
     return total

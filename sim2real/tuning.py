@@ -106,10 +106,9 @@ def tune_step(
     real = gradient(policy, best, log, real_reward=real_reward, real_discount=real_discount)
     chain = sensitivity(J, theta, best, cotangent=real.grad, derivative_order=mdp.derivative_order)
     grad = chain.vjp(real.grad)
-    radius = float(real.info.get("bellman_radius", torch.tensor(0.0)))
-    stable = radius < 1 and bool(torch.isfinite(real.value))
-    status = chain.report.status if stable else f"the policy is unstable on the real data (Bellman radius {radius:.4g})"
-    report = replace(chain.report, converged=chain.report.converged and stable, status=status)
+    doubt = _doubt(real)
+    status = doubt if doubt else chain.report.status
+    report = replace(chain.report, converged=chain.report.converged and not doubt, status=status)
     figures = {
         "real_return": real.value,
         "real_return_stderr": real.info.get("value_stderr", torch.zeros(())),
@@ -118,6 +117,22 @@ def tune_step(
     optional = {"stationarity": report.stationarity, "error_bound": report.error_bound}
     figures |= {k: torch.tensor(v, dtype=torch.float64) for k, v in optional.items() if v is not None}
     return TuneStep(best, grad, dict(real.info) | figures, report, real.grad)
+
+
+def _doubt(real: Estimate) -> str:
+    """Why the estimate of the real return cannot be right; empty when nothing speaks against it."""
+    figures = {
+        key: float(real.info[key]) for key in ("bellman_radius", "return_low", "return_high") if key in real.info
+    }
+    value, radius = float(real.value), figures.get("bellman_radius", 0.0)
+    low, high = figures.get("return_low", -math.inf), figures.get("return_high", math.inf)
+    if not math.isfinite(value):
+        return f"the real return is {value}"
+    if radius >= 1:
+        return f"the policy is unstable on the real data (Bellman radius {radius:.4g})"
+    if not low <= value <= high:
+        return f"the critic's return {value:.4g} is outside what the recorded rewards allow, {low:.4g} to {high:.4g}"
+    return ""
 
 
 def _sampled_return(mdp: ModelMDP, policy: Policy, noise: Noise | None) -> Objective:
@@ -129,7 +144,8 @@ def _sampled_return(mdp: ModelMDP, policy: Policy, noise: Noise | None) -> Objec
 def _in_sim_optimum(
     J: Objective, theta: Params, nu: Params, optimum: Callable[[Params, Params], Params] | None
 ) -> Params:
-    found = policy_optimum(J, theta, nu).nu if optimum is None else optimum(theta, nu)
+    # Newton's last step, taken in any case, squares this tolerance wherever the optimum is unique
+    found = policy_optimum(J, theta, nu, tol=1e-7).nu if optimum is None else optimum(theta, nu)
     return {key: value.detach() for key, value in found.items()}
 
 
@@ -180,7 +196,7 @@ def tune(
         objective=objective,
         optimum=optimum,
         gradient=gradient,
-        sensitivity=sensitivity,
+        sensitivity=partial(sensitivity, damping=options.damping) if options.damping else sensitivity,
     )
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
 

@@ -54,8 +54,8 @@ def load_log(
 ) -> RolloutLog:
     """Read a log: a file, a folder (each file an episode), a LeRobot folder, a glob pattern, or a list of these.
 
-    `schema`: a YAML file, a mapping or a `LogSchema`; None looks for `<log>.yaml` beside the file, then `schema.yaml`
-    in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that grid by resampling.
+    `schema`: a YAML file, a mapping or a `LogSchema`; None looks for `run.yaml` or `run.csv.yaml` beside run.csv, then
+    for `schema.yaml` in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that grid by resampling.
     A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where there is one, and
     `ValueError` for a `dt` that is no period.
     """
@@ -122,7 +122,8 @@ def _find_schema(
         return parse_schema(schema, overrides, source=f"the schema given for {file.name}")
     if schema is not None:
         return load_schema(schema, overrides)
-    beside = [file / "schema.yaml"] if file.is_dir() else [file.with_suffix(".yaml"), file.parent / "schema.yaml"]
+    own = [file.with_suffix(".yaml"), file.with_name(f"{file.name}.yaml")]
+    beside = [file / "schema.yaml"] if file.is_dir() else [*own, file.parent / "schema.yaml"]
     for candidate in beside:
         if candidate.is_file():
             return load_schema(candidate, overrides)

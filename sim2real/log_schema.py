@@ -1,6 +1,7 @@
 """The schema of a log: which columns are what, in which units, on which grid.
 
-A schema is a small YAML file beside the log: `<log>.yaml` for one file, `schema.yaml` for its folder.
+A schema is a small YAML file beside the log: `run.yaml` (or `run.csv.yaml`) for run.csv, `schema.yaml` for its
+folder::
 
     time: {column: time, unit: s}      # or {period: 0.02} when the file has no clock; unit: utc for date and time
     signals:                           # in the order of the model's signals

@@ -1,4 +1,4 @@
-"""From recorded rows to the uniform grid of a log.
+"""From recorded rows to the uniform grid of a log::
 
     T_k = t_first + k h,  k = 0..K,  K = floor((t_last - t_first) / h + 1e-9).
 

@@ -1,13 +1,16 @@
 """A torque-driven pendulum bench, richer than the models that are fitted to it: a black-box world in numpy.
 
-Two inertias (rotor and gear, link) joined by a gear with play, in joint coordinates (q_m motor, q link, 0 = hanging):
+Two inertias (rotor and gear, link) joined by a gear with play, in joint coordinates (q_m motor, q link, 0 = hanging)::
 
     J_m q_m'' = tau(t - delay) (1 + ripple sin 12 q_m) + offset - friction - tau_c - cogging sin 24 q_m
     J   q''   = tau_c - mgl sin q - damping q'
     tau_c     = stiffness e + contact_damping (q_m' - q') outside the play, e = q_m - q less half the play; else 0
 
-Friction of the gear is the LuGre law (presliding, stiction, Stribeck effect): z' = v - stiffness |v| z / g(v),
-g = coulomb + (stiction - coulomb) exp(-(v / v_s)^2), friction = bristle_stiffness z + bristle_damping z'.
+Friction of the gear is the LuGre law (presliding, stiction, Stribeck effect)::
+
+    z' = v - bristle_stiffness |v| z / g(v),   g(v) = coulomb + (stiction - coulomb) exp(-(v / v_s)^2)
+    friction = bristle_stiffness z + bristle_damping z'
+
 The encoder is quantised and has another zero in each run; the controller sees its filtered difference as velocity.
 Semi-implicit Euler with 0.5 ms steps; the bristle is integrated exactly for given v.
 Reference: Canudas de Wit, Olsson, Astrom, Lischinsky, A new model for control of systems with friction, 1995, eq. 1-4.

@@ -227,7 +227,7 @@ def test_where_a_schema_is_found(tmp_path: Path) -> None:
     assert log.names["episode"] == ("run_1", "run_9", "run_10")
     assert load_log(tmp_path / "run_?.npz").names["episode"] == ("run_1", "run_9")
     assert load_log([tmp_path / "run_9.npz", tmp_path / "run_9.npz"]).names["episode"] == ("run_9", "run_9#2")
-    (tmp_path / "run_9.yaml").write_text(json.dumps(FLAT | {"hold": "linear"}))
+    (tmp_path / "run_9.npz.yaml").write_text(json.dumps(FLAT | {"hold": "linear"}))
     assert load_log(tmp_path / "run_9.npz").hold == "linear"
     assert load_log(tmp_path / "run_9.npz", load_schema(tmp_path / "schema.yaml")).hold == "previous"
     overrides = ["time.period=0.02", "signals.q.column=x", "signals.q.unit=rad"]

@@ -8,14 +8,18 @@ Accurate computation of F'(x) and F'(x) F''(x), Advances in Engineering Software
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from bars import Figure, main
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bars import Figure, main
 from sim2real import ModelMDP, Noise, Params, default_params, discounted_return, linear_policy, ravel, rollout, unravel
 from sim2real.simulators import (
     battery,

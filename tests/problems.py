@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from derivatives import Case, simulator_cases
 from torch import Tensor
 
+from benchmarks.derivatives import Case, simulator_cases
 from sim2real import ModelMDP, Noise, Params, Policy, discounted_return, linear_policy, rollout, sample_noise
 from sim2real.simulators import linear_gaussian
 

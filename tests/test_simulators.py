@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from derivatives import gradient_error, random_problem, romberg_gradient, step_derivatives_hold
 from problems import CASES, EXACT, closed_loop, returns_of, seeded, stack
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from benchmarks.derivatives import gradient_error, random_problem, romberg_gradient, step_derivatives_hold
 from sim2real import Noise, Params, contains, default_params, ravel, unravel
 from sim2real.simulators import (
     building_rc,

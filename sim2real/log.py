@@ -55,9 +55,9 @@ def load_log(
     """Read a log: a file, a folder (each file an episode), a LeRobot folder, a glob pattern, or a list of these.
 
     `schema`: a YAML file, a mapping or a `LogSchema`; None looks for `run.yaml` or `run.csv.yaml` beside run.csv, then
-    for `schema.yaml` in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that grid by resampling.
-    A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where there is one, and
-    `ValueError` for a `dt` that is no period.
+    for `schema.yaml` in its folder. `overrides` are "dotted.key=value" strings on top of it. `dt` (s) asks for that
+    grid by resampling. A file of `save_log` needs none of them. Raises `LogError` naming the file, and the row where
+    there is one, and `ValueError` for a `dt` that is no period.
     """
     if dt is not None and not (math.isfinite(dt) and dt > 0):
         raise ValueError(f"dt must be a finite period above 0 s, got {dt}")

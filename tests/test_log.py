@@ -78,6 +78,19 @@ def test_double_pendulum_grid_gives_the_window_counts_of_the_protocol(torque: st
 
 
 @needs_data
+def test_simple_pendulum_grid_gives_the_window_counts_of_the_protocol() -> None:
+    log = load_log(DATA / "simple_pendulum", SCHEMAS / "simple_pendulum.yaml")
+    assert log.names["episode"] == ("excitation_pd", "swingup_ddp", "swingup_dircol", "swingup_energy")
+    for horizon, expected in ((0.5, [50, 25, 44]), (1.0, [45, 20, 32])):  # stated by the evaluation protocol
+        steps, counts = round(horizon / 0.005), []
+        for angle, mask in zip(log.signals[1:, :, 0], log.mask[1:], strict=True):
+            away = (torch.atan2(angle.sin(), angle.cos()).abs() < 2.4).tolist()
+            last = int(mask.sum()) - 10
+            counts.append(sum(all(away[i : i + steps + 1]) for i in range(10, last - steps + 1, 20)))
+        assert counts == expected
+
+
+@needs_data
 def test_house_rows_are_the_grid() -> None:
     log = load_log(DATA / "house_heating", SCHEMAS / "house.yaml")
     assert log.signals.shape == (1, 672, 1)

@@ -123,7 +123,7 @@ def draw(tables: BatteryTables, path: list[Params], costs: list[float], best: fl
     for name, theta, value in (("fitted", path[0], costs[0]), ("tuned", path[-1], costs[-1])):
         right.plot(tables.loads, gaussian_load(tables, theta), label=f"{name} model: cost {value:.4f}")
     right.set(xlabel="net load per step", ylabel="probability", title=f"Optimum of the real battery: {best:.4f}")
-    right.legend()
+    right.legend(loc="upper left")
     return figure
 
 

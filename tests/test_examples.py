@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
+    "tune_mujoco_cartpole.py": (("--quick", "--plot", "figure.png"), "paired gain over 8 starts", ("mujoco",)),
 }
 
 

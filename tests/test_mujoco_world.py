@@ -8,10 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("mujoco")
 
+from benchmarks import mujoco_world
+from sim2real.bounds import default_params
 from sim2real.mdp import ModelMDP, sample_noise
 from sim2real.params import Params
 from sim2real.policy import Policy, linear_policy
-from sim2real.rollout import rollout
+from sim2real.rollout import discounted_return, rollout
 from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.mujoco_cartpole import mujoco_cartpole
 
@@ -154,3 +156,44 @@ def test_reward_sees_the_observed_state_and_observe_gives_it():
 def test_impossible_rigs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         mujoco_cartpole(**options)
+
+
+def test_in_sim_training_of_the_benchmark_is_the_models_optimum():
+    theta = default_params(mujoco_world.MODEL.box)
+    nu = mujoco_world.train(theta, {})
+    slope = torch.func.grad(mujoco_world.in_sim_return, argnums=1)(theta, nu)["gain"]
+    assert float(slope.abs().max()) < 1e-9
+    # the exact value of the linearised model against a rollout of the model itself, from one small start
+    start = torch.tensor([[0.02, 0.03, -0.02, 0.01]], dtype=torch.float64)
+    A, B = mujoco_world.linearised(theta)
+    state, rewards = start, []
+    for _ in range(600):
+        action = -(state @ nu["gain"].mT)
+        following = mujoco_world.MODEL.step(theta, state, action, state[:, :0])
+        rewards.append(mujoco_world.MODEL.reward(theta, state, action, state[:, :0], following))
+        state = following
+    cost = mujoco_world.STATE_COST + nu["gain"].mT @ mujoco_world.ACTION_COST @ nu["gain"]
+    P = torch.zeros(4, 4, dtype=torch.float64)
+    for _ in range(3000):
+        P = cost + mujoco_world.DISCOUNT * (A - B @ nu["gain"]).mT @ P @ (A - B @ nu["gain"])
+    exact = -float(start @ P @ start.mT)
+    # cubic terms of the pole at 0.03 rad: relative 1e-3
+    total = float(discounted_return(torch.stack(rewards, 1), mujoco_world.DISCOUNT))
+    assert total == pytest.approx(exact, rel=5e-3)
+    assert float(mujoco_world.in_sim_return(theta, nu)) == pytest.approx(-float(torch.trace(P)), rel=1e-9)
+
+
+def test_excitation_log_of_the_benchmark():
+    log = mujoco_world.excitation(0, runs=2, seconds=2.0)
+    assert log.signals.shape == (2, 101, 4)
+    assert log.actions.shape == (2, 100, 1)
+    assert torch.equal(log.signals, mujoco_world.excitation(0, runs=2, seconds=2.0).signals)
+    assert not torch.equal(log.signals, mujoco_world.excitation(1, runs=2, seconds=2.0).signals)
+
+
+@pytest.mark.slow
+def test_tuned_theta_beats_the_best_fitting_one_on_the_rig():
+    """Bar a-mujoco/advantage, quick: paired 95 % interval over 5 seeds."""
+    figures = {figure.metric: figure.value for figure in mujoco_world.a_mujoco(quick=True)}
+    assert figures["advantage-low"] > 0
+    assert figures["worst-seed"] > 0

@@ -11,15 +11,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from gymnasium import spaces
+from torch import Tensor, nn
 
-from sim2real.bounds import Box
+from sim2real.bounds import Box, project
 from sim2real.estimators import logged_policy_gradient, policy_sensitivity
+from sim2real.gym import record_rollout, to_gym
 from sim2real.mdp import ModelMDP, sample_noise
-from sim2real.params import Estimate, Params, ravel
-from sim2real.policy import linear_policy
+from sim2real.params import Estimate, Params, assign_grads, copy_into, ravel
+from sim2real.policy import deterministic_policy, linear_policy, module_policy
 from sim2real.rollout import Rollout, rollout
 from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
@@ -253,6 +256,71 @@ def test_a_policy_that_is_unstable_on_the_data_is_not_trusted() -> None:
     assert "unstable on the real data" in step.report.status
 
 
+def test_a_user_owned_loop_with_a_network_and_an_optimizer() -> None:
+    problem = lqr_problem(sigma=0.8)
+    net = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[-1.0, -1.5]]))
+    mdp, policy, nu = problem["model"], module_policy(net), dict(net.named_parameters())
+    noise = sample_noise(mdp, policy, 8, 25, torch.Generator().manual_seed(0))
+    log = exploring_log(problem, 0, batch=300)
+    theta = {key: value.clone().requires_grad_() for key, value in problem["theta"].items()}
+    optimizer = torch.optim.Adam(theta.values(), lr=3e-2, maximize=True)
+    returns = []
+    for _ in range(5):
+        step = tune_step(mdp, policy, theta, nu, log, noise, real_reward=real_reward, real_discount=0.95)
+        nu = step.nu
+        assert step.report.converged
+        assert nu["weight"].dtype == torch.float32
+        assign_grads(theta, step.grad)
+        optimizer.step()
+        copy_into(theta, project(mdp.box, theta))
+        returns.append(float(step.info["real_return"]))
+    assert returns[-1] > returns[0]
+
+
+def test_damping_reaches_the_sensitivity_of_a_redundant_policy() -> None:
+    problem = lqr_problem(sigma=0.5)
+    policy = deterministic_policy(lambda nu, s: -(s @ (nu["u"] + nu["v"]).mT))  # only the sum matters
+    arguments = {"real_reward": real_reward, "real_discount": 0.95, "settings": TuneSettings(max_steps=2)}
+
+    def objective(theta: Params, nu: Params) -> Tensor:
+        return problem["objective"](theta, {"gain": nu["u"] + nu["v"]})
+
+    def optimum(theta: Params, nu: Params) -> Params:
+        half = 0.5 * problem["optimum"](theta, {})["gain"]
+        return {"u": half, "v": half}
+
+    def run(**options: Any) -> TuneResult:
+        return tune(
+            problem["model"],
+            policy,
+            problem["theta"],
+            {},
+            exploring_log(problem, 0),
+            None,
+            objective=objective,
+            optimum=optimum,
+            **(arguments | options),
+        )
+
+    damped = run(settings=TuneSettings(max_steps=2, damping=1e-6))
+    plain = tune_lqr(problem, log=exploring_log(problem, 0), **(arguments | {"settings": TuneSettings(max_steps=2)}))
+    assert float(damped.history[1]["residual"]) < 1e-9
+    # the damping shortens the sensitivity by 1e-6 over the curvature of about 10
+    for key in ("A", "B"):
+        torch.testing.assert_close(damped.theta[key], plain.theta[key], rtol=1e-4, atol=1e-5)
+
+
+def test_returns_that_the_recorded_rewards_do_not_allow_are_doubted() -> None:
+    def gradient(policy: Any, nu: Params, log: Any, **_: Any) -> Estimate:
+        bounds = {"return_low": torch.tensor(-10.0), "return_high": torch.tensor(0.0)}
+        return Estimate(torch.tensor(3.0), {"x": torch.ones(3, dtype=torch.float64)}, bounds)
+
+    with pytest.raises(ValueError, match="return 3 is outside what the recorded rewards allow, -10 to 0"):
+        tune_toy(gradient=gradient)
+
+
 def test_missing_noise_and_data_are_named() -> None:
     problem = lqr_problem()
     arguments = {"real_reward": None, "real_discount": 0.95}
@@ -420,9 +488,8 @@ def tune_lqr(problem: dict[str, Any], **options: Any) -> TuneResult:
         "objective": problem["objective"],
         "optimum": problem["optimum"],
     }
-    return tune(
-        problem["model"], linear_policy(1), problem["theta"], problem["nu"], None, None, **(arguments | options)
-    )
+    log = options.pop("log", None)
+    return tune(problem["model"], linear_policy(1), problem["theta"], problem["nu"], log, None, **(arguments | options))
 
 
 def same(a: TuneResult, b: TuneResult) -> bool:
@@ -522,6 +589,22 @@ def no_gain(policy: Any, nu: Params, log: Any, **options: Any) -> Estimate:
     """A return that falls in every direction the gradient points to."""
     estimate = logged_policy_gradient(policy, nu, log, **options)
     return replace(estimate, grad={key: torch.ones_like(value) for key, value in nu.items()}, value=-nu["gain"].sum())
+
+
+def test_against_a_gymnasium_environment() -> None:
+    problem = lqr_problem(sigma=0.5)
+    sigma = torch.tensor(0.5, dtype=torch.float64)
+    wide = spaces.Box(-100.0, 100.0, (1,), dtype=np.float64)
+    env = to_gym(
+        problem["world"], {"A": problem["A"], "B": problem["B"], "sigma": sigma}, action_space=wide, horizon=15
+    )
+
+    def collect(policy: Any, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
+        explore = lambda s: policy.act(nu, s, s[:, :0]) + 0.7 * torch.randn(1, 1, generator=generator).double()
+        return record_rollout(env, explore, episodes=30, seed=iteration)
+
+    result = tune_lqr(problem, collect=collect, settings=TuneSettings(max_steps=2))
+    assert [row["transitions"] for row in result.history] == [450.0, 900.0, 1350.0]
 
 
 def test_against_a_fixed_log() -> None:

@@ -6,8 +6,8 @@
 M cart mass, m mass of a uniform pole of the given length. Angle 0 is upright, pi hangs. The task is balance: per
 second, the cost `x^2 + 10 (1 - cos phi) + 0.1 (v^2 + w^2) + 0.001 force^2`. Limits on |x| or |phi| end an episode;
 `alive_reward` (per second) then makes living worth it.
-Reference: Florian, Correct equations for the dynamics of the cart-pole system, 2007, equations 13 to 16 without the
-contact force's share in friction.
+Reference: Florian, Correct equations for the dynamics of the cart-pole system, 2007, with friction that does not depend
+on the contact force.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ masses m, link length l1, centres of mass r, inertias I about the joints, rotor 
 
 The task is the swing-up: per second, `2 + cos q1 + cos(q1 + q2) + 0.01 |w|^2 + 0.01 |torque|^2`.
 Reference: Wiebe et al., Open source dual-purpose acrobot and pendubot platform, IEEE Robotics and Automation
-Magazine 31(2), 2024, section on system dynamics.
+Magazine 31(2), 2024.
 """
 
 from __future__ import annotations

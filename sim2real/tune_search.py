@@ -113,7 +113,7 @@ def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search
     theta = moved(space, anchor.theta, step)
     try:
         point = evaluate(theta, anchor.nu, search.data)
-    except (ValueError, UnconvergedError) as problem:  # no optimum, no stable critic, no convergence at this theta
+    except (ValueError, UnconvergedError, torch.linalg.LinAlgError) as problem:  # no optimum or no critic at this theta
         point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem))
     trial = Trial(point, step, predicted_gain(anchor.gradient, total, step))
     if not point.trusted:

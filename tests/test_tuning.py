@@ -92,6 +92,12 @@ def test_step_in_a_separable_box_is_the_clipped_one() -> None:
     torch.testing.assert_close(step, torch.tensor([0.2, -0.5, 0.5, 0.0], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_step_into_a_corner_and_from_a_stationary_point() -> None:
+    g, side = torch.tensor([5.0, -5.0], dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
+    assert trust_region_step(g, EYE, 100.0, -side, side).tolist() == [0.1, -0.1]
+    assert trust_region_step(0 * g, EYE, 100.0, -side, side).tolist() == [0.0, 0.0]
+
+
 def test_step_never_leaves_box_or_ball_and_never_loses() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):

@@ -74,32 +74,28 @@ def _zero_per_window(misfit: Misfit, values: Values) -> Tensor:
     return values.zero[misfit.windows.episode]
 
 
-def _warm_up(misfit: Misfit, values: Values) -> WarmUp:
-    zero = _zero_per_window(misfit, values)
-    return WarmUp(
-        anchor=misfit.windows.anchor - zero @ misfit.channels.own.mT,
-        target=misfit.windows.warm_signals.transpose(0, 1),
-        columns=misfit.channels.observed,
-        pull=misfit.pull,
-        zero=zero,
-    )
+def _warm_up(misfit: Misfit, zero: Tensor) -> WarmUp:
+    """zero `[W, q]`"""
+    windows, channels = misfit.windows, misfit.channels
+    target = windows.warm_signals.transpose(0, 1)
+    return WarmUp(windows.anchor, channels.own.to(zero), target, channels.observed, misfit.pull, zero)
 
 
 def roll_windows(misfit: Misfit, x: Tensor) -> Rolled:
     """Simulate every window at x."""
     values, windows = take_apart(misfit.unknowns, x), misfit.windows
-    actions, warm = _inputs(misfit, values), _warm_up(misfit, values)
+    actions, zero = _inputs(misfit, values), _zero_per_window(misfit, values)
     if windows.warm > 1:
-        first = windows.warm - 1
+        first, warm = windows.warm - 1, _warm_up(misfit, zero)
         start = warm_start(misfit.mdp, values.theta, warm, actions[:first], windows.noise[:first])
     else:
-        start = warm.anchor
+        start = windows.anchor - zero @ misfit.channels.own.mT
         if values.rate.shape[1]:
             start = start.index_add(1, misfit.channels.rates, values.rate[windows.episode])
     with torch.no_grad():
         states = roll(misfit.mdp, values.theta, start, actions, windows.noise)
         seen = observe(misfit.mdp, values.theta, states[windows.rows])[..., misfit.channels.observed]
-    predicted = seen.transpose(0, 1) + warm.zero.unsqueeze(1)
+    predicted = seen.transpose(0, 1) + zero.unsqueeze(1)
     return Rolled(values, actions, states, predicted, predicted - windows.measured)
 
 
@@ -111,7 +107,7 @@ def start_columns(misfit: Misfit, rolled: Rolled, free: Sequence[str], pushed: T
     own = -channels.own.to(start).expand(W, -1, -1)
     by_theta, by_delay, by_zero = start.new_zeros(W, n, d), start.new_zeros(W, n, 1), own
     if windows.warm > 1:
-        first, warm = windows.warm - 1, _warm_up(misfit, rolled.values)
+        first, warm = windows.warm - 1, _warm_up(misfit, _zero_per_window(misfit, rolled.values))
         actions, noise = rolled.actions[:first], windows.noise[:first]
         by_theta, by_zero, by_action = warm_start_jacobians(
             misfit.mdp, rolled.values.theta, free, warm, start, actions, noise

@@ -180,11 +180,13 @@ def adjoint_roll(
 class WarmUp:
     """What determines the start state x of W windows from their first r rows, r = T_w + 1:
 
-    x minimises  sum |y(x) + zero - target|^2 + pull |x - anchor|^2,      y: what the model observes on those rows.
+    x minimises  sum |y(x) + zero - target|^2 + pull |x - anchor + own zero|^2,   y: what the model observes there.
     """
 
     anchor: Tensor
-    """`[W, n]`, the zeros already taken off"""
+    """`[W, n]` as logged"""
+    own: Tensor
+    """`[n, q]` 1 where the anchor of a state is a signal with that zero"""
     target: Tensor
     """`[r, W, q]`"""
     columns: Tensor
@@ -194,13 +196,17 @@ class WarmUp:
     """`[W, q]`"""
 
 
+def _without_zero(warm: WarmUp, zero: Tensor) -> Tensor:
+    return warm.anchor - zero @ warm.own.mT
+
+
 def warm_start(mdp: ModelMDP, theta: Params, warm: WarmUp, actions: Tensor, noise: Tensor) -> Tensor:
     """Start states `[W, n]` by Gauss-Newton, exact after one step for a model affine in its state.
 
     actions and noise `[T_w, W, ...]`. A window that does not converge in 20 steps is returned as NaN.
     """
-    x = warm.anchor
-    move = torch.full_like(x, torch.inf)
+    anchor = _without_zero(warm, warm.zero)
+    x, move = anchor, torch.full_like(anchor, torch.inf)
     for _ in range(_WARM_ITERATIONS):
         states = roll(mdp, theta, x, actions, noise)
         A = step_jacobians(mdp, theta, (), states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1)).state
@@ -210,7 +216,7 @@ def warm_start(mdp: ModelMDP, theta: Params, warm: WarmUp, actions: Tensor, nois
         G = (C[:, warm.columns].unflatten(0, (T + 1, W)) @ Phi).permute(1, 0, 2, 3).flatten(1, 2)
         r = (observe(mdp, theta, states)[..., warm.columns] + warm.zero - warm.target).transpose(0, 1).flatten(1)
         normal = G.mT @ G + warm.pull * torch.eye(n).to(x)
-        gradient = (G.mT @ r.unsqueeze(-1)).squeeze(-1) + warm.pull * (x - warm.anchor)
+        gradient = (G.mT @ r.unsqueeze(-1)).squeeze(-1) + warm.pull * (x - anchor)
         move = -torch.linalg.solve(normal, gradient)
         x = x + move
         if bool((move.abs() <= _WARM_TOLERANCE * (1 + x.abs())).all()):
@@ -224,7 +230,7 @@ def warm_start_jacobians(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of the start x with respect to the free parameters `[W, n, d]`, zeros `[W, n, q]` and actions.
 
-    The anchor is held; actions: `[W, n, T_w, m]`. By the implicit function theorem on the gradient F(x, p) = 0 of what
+    Those of the actions: `[W, n, T_w, m]`. By the implicit function theorem on the gradient F(x, p) = 0 of what
     x minimises: dx/dp = -(dF/dx)^-1 dF/dp, with the exact second derivatives.
     """
     x, copies = x.detach().requires_grad_(), _copies(theta, free, len(x))
@@ -237,7 +243,7 @@ def warm_start_jacobians(
             if t < len(actions):
                 state = mdp.step(theta | copies, state, a[t], noise[t])
         (F,) = torch.autograd.grad(total.sum(), x, create_graph=True)
-        F = F + warm.pull * (x - warm.anchor)
+        F = F + warm.pull * (x - _without_zero(warm, zero))
     leaves, rows = [x, zero, a, *copies.values()], []
     for i in range(x.shape[1]):
         grads = torch.autograd.grad(F[:, i].sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)

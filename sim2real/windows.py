@@ -215,7 +215,8 @@ def _starts(log: RolloutLog, channels: Channels, choice: WindowChoice, steps: in
     for run in range(len(log.mask)):
         recorded = log.mask[run].nonzero().flatten()
         last = int(recorded[-1]) + 1 if len(recorded) else 0
-        rows = torch.arange(choice.first_row, last - choice.margin - steps + 1, stride)
+        end = max(choice.first_row, last - choice.margin - steps + 1)
+        rows = torch.arange(choice.first_row, end, stride)
         rows = rows[rows * log.dt >= choice.start_after - _ROW_ROUNDING * log.dt]
         rows = rows[(rows + steps) * log.dt <= choice.end_before + _ROW_ROUNDING * log.dt]
         good = _all_of(log.mask[run], rows, steps) & _all_of(inside[run], rows, steps + 1)

@@ -25,22 +25,23 @@ from sim2real.rollout import Rollout
 from sim2real.simulators.bench_rig import Array, rig_rollout
 
 HERE = Path(__file__).parent
-EPISODES, STEPS = 16, 150  # 1.5 s each, at the rig's 10 ms
-EXPLORATION = 0.3  # N m, so that the critic sees what other torques would have done
+EPISODES, STEPS = 48, 120  # 1.2 s each, at the rig's 10 ms
+EXPLORATION = 0.15  # N m, so that the critic sees what other torques would have done
+SEED = 1
 UPRIGHT = float(np.pi)
 
 
 def balance(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
     """Rollouts of a policy on the rig, started near upright: what `data.callable` calls once per iteration."""
-    seed = 1000 + iteration
-    rng = np.random.default_rng(seed)
-    initial = np.stack([UPRIGHT + rng.uniform(-0.25, 0.25, EPISODES), rng.normal(0.0, 0.3, EPISODES)], axis=1)
+    rng = np.random.default_rng(SEED)  # the same starts and exploration every time: returns can be compared
+    angle = UPRIGHT + np.where(np.arange(EPISODES) % 2, 1.0, -1.0) * rng.uniform(0.15, 0.2, EPISODES)
+    initial = np.stack([angle, np.zeros(EPISODES)], axis=1)
 
     def act(state: Array, k: int) -> Array:
         mean = policy.act(nu, torch.from_numpy(state), torch.zeros(EPISODES, policy.noise_dim, dtype=torch.float64))
         return mean[:, 0].numpy() + rng.normal(0.0, EXPLORATION, EPISODES)
 
-    run = rig_rollout(act, seed=seed, steps=STEPS, episodes=EPISODES, initial=initial)
+    run = rig_rollout(act, seed=SEED, steps=STEPS, episodes=EPISODES, initial=initial)
     states, torques = torch.from_numpy(run.states), torch.from_numpy(run.torques).unsqueeze(-1)
     return Rollout(states, torques, reward(states[:, :-1], torques, states[:, 1:]))
 
@@ -86,7 +87,7 @@ def main() -> int:
     ]
     policy = ["policy=linear", "policy.gain=[[8,1.5]]", f"policy.target=[{UPRIGHT},0]"]
     code = code or run("tune", f"params={fitted / 'params.json'}", "model=pendulum", *task, *policy,
-                       "horizon=0.6", "batch=8", "tune.max_steps=6", "tune.radius=0.4", "free=[inertia,mgl,damping]",
+                       "horizon=0.6", "batch=8", "tune.max_steps=4", "tune.radius=0.4", "free=[inertia,mgl,damping]",
                        "data.mode=callable", "data.callable=bench_rig.balance", "reward=bench_rig.reward",
                        f"out={tuned}")  # fmt: skip
     print(f"\ndone in {time.perf_counter() - start:.0f} s; open\n  {fitted / 'report.html'}\n  {tuned / 'report.html'}")

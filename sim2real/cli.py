@@ -39,7 +39,10 @@ _EXAMPLE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see EXIT_CODES)."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    # key=value words may stand before and after the flags, which argparse's own positionals may not
+    options, words = parser.parse_known_args(arguments)
+    if strange := [word for word in words if word.startswith("-")]:
+        parser.error(f"unknown option {strange[0]}")
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -47,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(help_text(options.command))
         return 0
     if options.debug:
-        return _run(options)
+        return _run(options, words)
     known = _known_errors()
     try:
-        return _run(options)
+        return _run(options, words)
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to resume")
     except tuple(kind for kind, _ in known) as error:
@@ -100,14 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="fit | evaluate | tune")
     for name, summary in _SUMMARY.items():
         command = commands.add_parser(name, help=summary, add_help=False)
-        command.add_argument("words", nargs="*", metavar="key=value")
         command.add_argument("-h", "--help", action="store_true")
         command.add_argument("--json", action="store_true")
         command.add_argument("--debug", action="store_true")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, words: list[str]) -> int:
     import torch
 
     from sim2real.commands import evaluate_command, fit_command
@@ -121,10 +123,10 @@ def _run(options: argparse.Namespace) -> int:
         "evaluate": (evaluate_command, evaluation_tables),
         "tune": (tune_command, tune_tables),
     }[options.command]
-    config = compose_config(options.command, options.words)
+    config = compose_config(options.command, words)
     torch.set_num_threads(config.threads)
     with _progress(options.command) as progress, _short_warnings():
-        outcome = command(config, options.words, progress)
+        outcome = command(config, words, progress)
     if options.json:
         print(json.dumps(outcome.document, ensure_ascii=False))
     else:

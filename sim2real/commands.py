@@ -33,6 +33,8 @@ from sim2real.report import fit_report, row_flags
 from sim2real.workspace import Workspace, log_digest, open_workspace, save_snapshot, write_log_line
 
 ExitCode = Literal[0, 1, 2, 3, 4, 5, 130]
+UNSHARED = ("out", "resume", "strict", "report")
+"""keys that do not change a result: a run resumes one that had others"""
 Progress = Callable[[int, int, str], None]
 """step, most steps, text: called after every step"""
 
@@ -58,8 +60,9 @@ def fit_command(config: FitConfig, words: Sequence[str], progress: Progress) -> 
         episodes = [name for name in log.names["episode"] if name not in settings.leave_out]
         parameters = _fit_parameters(result, spec, log, episodes, provenance("fit", config, words, log))
         write_parameters(workspace.folder, parameters)
-        html = fit_report(result, parameters, spec["_target_"].rpartition(".")[2])
-        write_atomic(workspace.folder / "report.html", html.encode())
+        if config.report:
+            html = fit_report(result, parameters, spec["_target_"].rpartition(".")[2])
+            write_atomic(workspace.folder / "report.html", html.encode())
         flagged = [row.name for row in result.rows if row_flags(row)]
         code: ExitCode = 3 if not result.report.converged or (config.strict and flagged) else 0
         message = _fit_message(workspace.folder, result, flagged)
@@ -206,7 +209,7 @@ def shared_nuisance(given: ParameterSet, settings: EvaluationSettings) -> Params
 
 def identity(command: str, config: Any, log: RolloutLog | None) -> dict[str, Any]:
     """What a run must share with the one it resumes."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume", "strict")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSHARED}
     found = {"command": command, "settings": finite_json(settings)}
     return found if log is None else {**found, "log_sha256": log_digest(log)}
 
@@ -214,7 +217,7 @@ def identity(command: str, config: Any, log: RolloutLog | None) -> dict[str, Any
 def provenance(command: str, config: Any, words: Sequence[str], log: RolloutLog | None) -> dict[str, Any]:
     """Where a result comes from: command, settings, log, seed, versions. No clock, no host, no output folder."""
     names = ("sim2real", "torch", "numpy", "scipy")
-    spoken = " ".join(["sim2real", command, *(w for w in words if w.partition("=")[0] not in ("out", "resume"))])
+    spoken = " ".join(["sim2real", command, *(w for w in words if w.partition("=")[0] not in UNSHARED)])
     kept = {
         "command": spoken,
         "settings": identity(command, config, None)["settings"],
@@ -283,4 +286,4 @@ def _fit_message(folder: Path, result: FitResult, flagged: Sequence[str]) -> str
     where = "left-out" if result.left_out else "training"
     text = f"{state} in {result.report.steps} steps; {where} RMSE {shown.fitted.rmse:.4g} {shown.fitted.unit}"
     flags = f"; look at {', '.join(flagged)}" if flagged else ""
-    return f"{text} (start {shown.initial.rmse:.4g}){flags}; report: {folder / 'report.html'}"
+    return f"{text} (start {shown.initial.rmse:.4g}){flags}; results: {folder}"

@@ -74,8 +74,9 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
         _export(folder / "policy", task, result.nu)
         parameters = _parameters(result, task, provenance("tune", config, words, task.log))
         write_parameters(folder, parameters)
-        likelihood = _gaussian(task.given, task.free)
-        write_atomic(folder / "report.html", tune_report(result, parameters, likelihood).encode())
+        if config.report:
+            html = tune_report(result, parameters, _gaussian(task.given, task.free))
+            write_atomic(folder / "report.html", html.encode())
         message = _message(config, result)
         write_log_line(folder, "tune.log", message.replace("\n", " "))
     code: ExitCode = 4 if result.waiting else 0 if result.report.converged or not config.strict else 3
@@ -293,7 +294,6 @@ def _parameters(result: TuneResult, task: Task, origin: dict[str, Any]) -> Param
 
 
 def _message(config: TuneConfig, result: TuneResult) -> str:
-    report = Path(config.out) / "report.html"
     if result.waiting:
         policy = Path(config.out) / "policy"
         return (
@@ -301,7 +301,7 @@ def _message(config: TuneConfig, result: TuneResult) -> str:
             f"  1. run the policy in '{policy}' on the real system ({config.data.rollouts} rollouts,"
             f" with varied starts and some noise on the action)\n"
             f"  2. put the logs into '{config.data.folder}'\n"
-            f"  3. run the same command again\nreport so far: {report}"
+            f"  3. run the same command again"
         )
     kept = [record for record in result.history if record.get("accepted")]
     gain = ""
@@ -309,4 +309,4 @@ def _message(config: TuneConfig, result: TuneResult) -> str:
         first, last = (record.get("measured_return", record["real_return"]) for record in (kept[0], kept[-1]))
         gain = f"; real return {first:.5g} -> {last:.5g}"
     state = "converged" if result.report.converged else "ended"
-    return f"{state} after {len(result.history)} iterations ({result.report.status}){gain}; report: {report}"
+    return f"{state} after {len(result.history)} iterations ({result.report.status}){gain}; results: {config.out}"

@@ -185,6 +185,7 @@ class TuneOptions:
     min_radius: float = key(1e-6, "scaled", "the search ends when the radius falls below")
     confidence: float = key(0.95, "1", "confidence with which the real return must have fallen to undo a step")
     gradient_tol: float = key(1e-8, "1", "the search ends when the scaled gradient is below, relative to |J_real|")
+    damping: float = key(0.0, "return", "added to -J_nunu in the sensitivity; an mlp policy needs some, such as 1e-3")
     likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
 
 
@@ -220,6 +221,7 @@ class FitConfig:
     seed: int = key(0, "", "seed of everything random")
     threads: int = key(1, "", "torch threads")
     resume: bool = key(True, "", "continue an interrupted run found in `out`; false: start again")
+    report: bool = key(True, "", "write report.html")
     strict: bool = key(False, "", "exit code 3 when something is flagged (not identified, at a bound)")
 
 
@@ -265,6 +267,7 @@ class TuneConfig:
     seed: int = key(0, "", "seed of everything random")
     threads: int = key(1, "", "torch threads")
     resume: bool = key(True, "", "continue an interrupted run found in `out`; false: start again")
+    report: bool = key(True, "", "write report.html")
     strict: bool = key(False, "", "exit code 3 when the search did not converge cleanly")
 
 

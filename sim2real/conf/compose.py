@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -129,7 +130,9 @@ def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> 
         value = f"[{value}]"
     # a path may hold what Hydra's grammar gives a meaning: quote it
     if name in keys and keys[name].path and not (value[:1] in "[\"'" or value == "null"):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # backslashes count only before a quote
+        escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+        value = f"'{escaped}'"
     return f"{'' if name in keys else '++'}{name}={value}"
 
 
@@ -142,6 +145,8 @@ def _check_choices(config: Any, keys: dict[str, Key]) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}': {error.message.splitlines()[0]}"
     cause = error.__cause__ or error
     text = str(cause).strip().splitlines()
     if isinstance(cause, MissingMandatoryValue):

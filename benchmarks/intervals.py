@@ -319,11 +319,15 @@ def flagged(quick: bool) -> Iterator[Figure]:
 
 
 def shift_error(quick: bool) -> Iterator[Figure]:
-    """The start model is right but for m g l, which is 30 % higher in the world; all five parameters are fitted."""
-    changed = replace(PENDULUM, truth=PENDULUM.truth | {"mgl": 1.3 * PENDULUM.truth["mgl"]}, start=PENDULUM.truth)
+    """The start model is right but for m g l, which is 30 % higher in the world; all five parameters are fitted.
+
+    One run of 12 s, driven hard enough to swing: of one that hardly moves, only the interval says that it is useless.
+    """
+    truth = PENDULUM.truth | {"mgl": 1.3 * PENDULUM.truth["mgl"]}
+    changed = replace(PENDULUM, truth=truth, start=PENDULUM.truth, drive=4.0)
     seeds = 10 if quick else 100
     found = torch.stack([result.theta["mgl"] for result in fits(changed, seeds, SHORT, seed=7)])
-    error = 100 * (found / changed.truth["mgl"] - 1).abs()
+    error = 100 * (found / truth["mgl"] - 1).abs()
     yield Figure("shift-error", float(error.max()), "% (worst)", seeds, reference=5.0)
     yield Figure("shift-error-median", float(error.median()), "%", seeds)
 

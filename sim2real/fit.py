@@ -203,6 +203,11 @@ def build_misfit(
         priors=settings.priors,
         prior_width=settings.prior_width,
     )
+    if not len(unknowns.start):
+        raise ValueError(
+            f"nothing to fit: theta holds {sorted(theta)}, the model's box has defaults for {sorted(mdp.box.default)}; "
+            f"name the parameters in free"
+        )
     misfit = Misfit(mdp, log, channels, windows, unknowns, settings.loss_scale, settings.pull)
     return _usable_windows(misfit, settings)
 

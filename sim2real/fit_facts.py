@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sim2real.gauss_newton import MANY, global_jacobian, row_weight
 from sim2real.identifiability import describe, identifiability, parameter_range
-from sim2real.intervals import BLOCK_SECONDS, WINDOWS_PER_BLOCK, Linearization, jackknife, soft_l1_weights
+from sim2real.intervals import BLOCK_SECONDS, WINDOWS_PER_BLOCK, Linearization, correlation, jackknife, soft_l1_weights
 from sim2real.misfit import Misfit, Rolled, linearize
 from sim2real.solvers.least_squares import Minimum
 from sim2real.unknowns import Unknowns
@@ -73,11 +73,10 @@ def fit_facts(misfit: Misfit, found: Minimum, silent: Tensor, *, block: float = 
     identified = reaches & ~intervals.open
     identified[: unknowns.count] &= facts.identified
     rows = _rows(unknowns, found, intervals.half_width, ~reaches, identified)
-    std = intervals.covariance.diagonal().clamp(min=torch.finfo(found.x.dtype).tiny).sqrt()
     return FitFacts(
         rows,
         intervals.covariance,
-        intervals.covariance / std.outer(std),
+        correlation(intervals.covariance),
         facts.spectrum,
         facts.directions,
         (*intervals.notes, *_notes(rows, facts.directions)),

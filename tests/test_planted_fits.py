@@ -208,6 +208,12 @@ def test_a_parameter_at_its_bound_is_said_to_be_there():
     assert rows["damping"].low >= 0.05
 
 
+def test_a_model_without_named_parameters_has_nothing_to_fit():
+    mdp, log = pendulum_log()
+    with pytest.raises(ValueError, match="nothing to fit: theta holds .*'mgl'.*name the parameters in free"):
+        fit(replace(mdp, box=Box()), log, tensors(START), EXACT)
+
+
 @pytest.mark.slow
 def test_the_intervals_bar():
     """72 fits, 456 intervals: with 72 independent ones the standard error is 3.5 %, so 80 % is 2.9 of them below 90 %;

@@ -210,7 +210,7 @@ def test_a_parameter_at_its_bound_is_said_to_be_there():
 
 def test_a_model_without_named_parameters_has_nothing_to_fit():
     mdp, log = pendulum_log()
-    with pytest.raises(ValueError, match="nothing to fit: theta holds .*'mgl'.*name the parameters in free"):
+    with pytest.raises(ValueError, match=r"nothing to fit: theta holds .*'mgl'.*name the parameters in free"):
         fit(replace(mdp, box=Box()), log, tensors(START), EXACT)
 
 

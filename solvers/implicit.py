@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from sim2real.params import Params, axpy, check_same_keys, ravel
-from sim2real.solve_report import UnconvergedError, UnconvergedWarning
+from sim2real.solve_report import LinearSolution, UnconvergedError, UnconvergedWarning
 from sim2real.solvers.function_rules import forward_rule, primals, pushforward, saved
 from sim2real.solvers.linear import Matvec, Solve, cg, dense
 
@@ -126,14 +126,25 @@ def implicit_argmax(
 ) -> Layer:
     """The layer of a maximiser of the scalar `J(theta, .)`; solves run on `-J_nunu`; otherwise as `implicit_root`.
 
-    Bind damping to the solve: `solve=partial(cg, damping=1e-3)`. J must be twice differentiable in torch; once more for
-    a second derivative of the layer.
+    Bind damping to the solve: `solve=partial(cg, damping=1e-3)`. Where `-J_nunu` plus damping is not positive definite
+    nu is no maximiser, and the derivative counts as unconverged whatever solved it. J must be twice differentiable in
+    torch; once more for a second derivative of the layer.
     """
 
     def residual(theta: Params, nu: Params) -> Params:
         return {key: -value for key, value in grad(J, argnums=1)(theta, nu).items()}
 
-    return implicit_root(residual, solver, solve=solve, symmetric=True, strict=strict, tol=tol)
+    def definite(matvec: Matvec, b: Params, **options: int) -> LinearSolution:
+        solution: LinearSolution = solve(matvec, b, **options)
+        report = solution.report
+        if not report.converged or report.negative_curvature is None or report.negative_curvature + report.damping > 0:
+            return solution
+        status = (
+            f"-J_nunu has the eigenvalue {report.negative_curvature:.1e} or less, which no maximiser has; add damping"
+        )
+        return LinearSolution(solution.x, replace(report, converged=False, status=status))
+
+    return implicit_root(residual, solver, solve=definite, symmetric=True, strict=strict, tol=tol)
 
 
 @dataclass(frozen=True)

@@ -236,10 +236,15 @@ def test_an_unconverged_derivative_warns_and_raises_under_strict(mode: Callable,
         mode(lambda c: strict({**theta, "c": c}, start())["x"])(theta["c"])
 
 
-def test_a_minimum_taken_for_a_maximum_is_caught() -> None:
-    layer = implicit_argmax(lambda theta, nu: (nu["x"] - theta["t"]) ** 2, lambda theta, nu: {"x": theta["t"]})
-    with pytest.warns(UnconvergedWarning, match="non-positive curvature"):
+@pytest.mark.parametrize(("solve", "message"), [(cg, "non-positive curvature"), (dense, "no maximiser")])
+def test_a_minimum_taken_for_a_maximum_is_caught(solve: Callable, message: str) -> None:
+    J = lambda theta, nu: (nu["x"] - theta["t"]) ** 2
+    layer = implicit_argmax(J, lambda theta, nu: {"x": theta["t"]}, solve=solve)
+    with pytest.warns(UnconvergedWarning, match=message):
         grad(lambda t: layer({"t": t}, {"x": scalar(0.0)})["x"])(scalar(1.0))
+    lifted = implicit_argmax(J, lambda theta, nu: {"x": theta["t"]}, solve=partial(solve, damping=5.0), strict=True)
+    # (-2 + 5)^-1 (-2)
+    assert float(grad(lambda t: lifted({"t": t}, {"x": scalar(0.0)})["x"])(scalar(1.0))) == pytest.approx(-2 / 3)
 
 
 def test_damping_is_bound_to_the_solve() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.oracles.lqr import gain_jvp, optimal_gain, random_system
+from benchmarks.sensitivity import jacobian_error, jvp_error, problem, vjp_error
 from sim2real import (
     Params,
     UnconvergedError,
@@ -290,3 +291,8 @@ def test_a_network_policy_with_damping_follows_retraining() -> None:
     expected = states * (1 - torch.tanh(states) ** 2)
     # damping 1e-4 against eigenvalues from 0 to 3: measured 0.3 %, the reference saw 2 to 5 % on a harder task
     assert float((change - expected).norm() / expected.norm()) < 0.01
+
+
+def test_the_benchmark_measures_every_route_within_its_bar() -> None:
+    p = problem(2, 1, 20)
+    assert max(vjp_error(p), jvp_error(p), jacobian_error(p)) <= 1e-9

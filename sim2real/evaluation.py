@@ -169,7 +169,7 @@ def estimate_zeros(
     if not bool(finite.any()):
         return misfit.unknowns.start[misfit.unknowns.zero]
     problem = objective(replace(misfit, windows=subset(windows, finite)))
-    found = levenberg_marquardt(problem, misfit.unknowns.start, tolerance=1e-10)
+    found = levenberg_marquardt(problem, misfit.unknowns.start, tolerance=1e-6)
     return found.x[misfit.unknowns.zero]
 
 
@@ -192,7 +192,11 @@ def _rmse(squares: Tensor) -> float:
 
 
 def _median(squares: Tensor) -> float:
-    return float(squares.sqrt().quantile(0.5)) if len(squares) else float("nan")
+    """Median of sqrt(e_w), infinite when half of the windows or more are lost."""
+    if not len(squares):
+        return float("nan")
+    ordered = squares.sqrt().sort().values
+    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def _summary(scored: _Scored, log: RolloutLog, settings: EvaluationSettings, zero: Tensor) -> Evaluation:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from sim2real.delay import delayed_actions
 from sim2real.mdp import ModelMDP
@@ -125,10 +124,15 @@ def start_columns(misfit: Misfit, rolled: Rolled, free: Sequence[str], pushed: T
     return torch.cat(parts, -1)
 
 
-def _pushed(misfit: Misfit, values: Values) -> Tensor:
+def _pushed(misfit: Misfit, delay: Tensor) -> Tensor:
     """`[T, W, m]` derivative of the inputs with respect to the delay."""
-    assert values.delay is not None
-    slope = jvp(lambda delay: delayed_actions(misfit.log, delay), (values.delay,), (torch.ones_like(values.delay),))[1]
+    delay = delay.detach().requires_grad_()
+    with torch.enable_grad():
+        actions = delayed_actions(misfit.log, delay)
+        weights = torch.zeros_like(actions, requires_grad=True)
+        # the gradient is linear in the weights of its outputs: differentiated by them it is the whole derivative
+        (gradient,) = torch.autograd.grad(actions, delay, weights, create_graph=True)
+        (slope,) = torch.autograd.grad(gradient, weights)
     return window_actions(misfit.windows, slope[..., misfit.channels.actions])
 
 
@@ -152,8 +156,8 @@ def linearize(misfit: Misfit, rolled: Rolled, free: Sequence[str] | None = None)
     steps = step_jacobians(misfit.mdp, theta, free, *flat, wrt_action=unknowns.delay)
     A, B = steps.state.unflatten(0, (T, W)), steps.params.unflatten(0, (T, W))
     pushed = rolled.actions.new_zeros(())
-    if steps.action is not None:
-        pushed = _pushed(misfit, rolled.values)
+    if steps.action is not None and rolled.values.delay is not None:
+        pushed = _pushed(misfit, rolled.values.delay)
         B = torch.cat([B, steps.action.unflatten(0, (T, W)) @ pushed.unsqueeze(-1)], -1)
     S, Phi = forward_sensitivity(A, B, windows.rows.tolist())
     C, D = observe_jacobians(misfit.mdp, theta, free, states[windows.rows].flatten(0, 1))
@@ -171,7 +175,10 @@ def linearize(misfit: Misfit, rolled: Rolled, free: Sequence[str] | None = None)
 def start_error_growth(misfit: Misfit, linearized: Linearized) -> Tensor:
     """`[W]` largest factor by which an error of the compared signals at the start grows over the scored rows.
 
-    The spectral norm of d signals_t / d signals_0; windows near an unstable equilibrium have large ones.
+    The spectral norm of d signals_t / d signals_0; windows near an unstable equilibrium have large ones, and where the
+    model diverges it is infinite.
     """
-    own = misfit.channels.own.to(linearized.growth)
-    return torch.linalg.matrix_norm(linearized.growth @ own, ord=2).amax(1)
+    growth = linearized.growth @ misfit.channels.own.to(linearized.growth)
+    lost = ~torch.isfinite(growth).flatten(1).all(1)
+    norms = torch.linalg.matrix_norm(torch.where(lost[:, None, None, None], 0.0, growth), ord=2).amax(1)
+    return norms.masked_fill(lost, torch.inf)

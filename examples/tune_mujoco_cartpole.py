@@ -1,4 +1,4 @@
-"""Tune a torch cart-pole for a MuJoCo rig with delay, play and stiction: balancing costs a third less or better.
+"""Tune a torch cart-pole for a MuJoCo rig with delay, play and stiction: balancing costs a quarter less or better.
 
 The rig is identified with its pole hanging, where nothing can go wrong, and the fit is good. Yet the model knows no
 delay, so the controller that is optimal for the best-fitting model is too aggressive: on the rig it rings. No theta
@@ -120,7 +120,7 @@ def draw(runs: dict[str, Rollout], history: tuple[dict[str, float], ...]) -> Fig
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, run in runs.items():
         left.plot(MODEL.dt * torch.arange(run.states.shape[1]), run.states[0, :, 1], label=label)
-    left.set(xlabel="time [s]", ylabel="pole angle [rad]", title="The same start on the rig")
+    left.set(xlim=(0, 4), xlabel="time [s]", ylabel="pole angle [rad]", title="The same start on the rig")
     left.legend()
     start = history[0]
     for name in FREE:

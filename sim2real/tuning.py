@@ -66,8 +66,9 @@ class TuneResult:
     history: tuple[dict[str, float], ...]
     """per iteration, of the values tried: "iteration", "accepted", "converged", "real_return", "real_return_stderr",
     "gain", "gain_stderr" (against the best so far, on the same data), "predicted_gain", "measured_return",
-    "measured_stderr" (of the rollouts just recorded), "radius", "step_norm", "gradient_norm", "stationarity",
-    "residual", "effective_sample_size", "bellman_radius", "transitions", and "theta.NAME" for scalar parameters"""
+    "measured_stderr" (of the rollouts just recorded), "radius", "step_norm", "gradient_norm" (where the step began,
+    scaled, free of the box), "stationarity", "residual", "effective_sample_size", "bellman_radius", "transitions", and
+    "theta.NAME" for scalar parameters; absent where they do not apply"""
     report: SolveReport
     notes: tuple[str, ...]
     """one sentence per refused or undone step, and why the search ended"""
@@ -179,7 +180,8 @@ def tune(
     `log`: real rollouts already there (or None); `collect`: gathers more with each iteration's policy (iteration 0 runs
     that of the start), or None to tune against `log` alone. All transitions ever recorded are used. `box` None: the
     model's. `free`: names of the parameters to move (empty: all). `likelihood`, weighted by the settings, keeps theta
-    near what the log says. `terminal` (s' -> bool) marks successors after which nothing is worth anything.
+    near what the log says. `terminal` (s' -> bool) marks successors after which nothing is worth anything; pass it for
+    environments that terminate, because a recording cannot tell an end from a time limit.
     The rest as in `tune_step`. A candidate whose optimum, solve or critic cannot be trusted is refused, with a note.
     `on_step(state)` is called after every iteration; passing that `state` back continues bitwise.
     Raises `ValueError` when the start itself cannot be evaluated, or data are missing.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import jacrev
 
 from benchmarks.bars import Figure
-from benchmarks.planted import DOUBLE_PENDULUM, HOUSE_2, PENDULUM, SHORT, Planted, Setting, overparameterised
+from benchmarks.planted import DOUBLE_PENDULUM, HOUSE_2, PENDULUM, SHORT, Planted, Setting, machine, overparameterised
 from sim2real.fit import FitResult, fit
 from sim2real.identifiability import parameter_range
 from sim2real.log import select_episodes
@@ -43,6 +43,26 @@ def coverage(quick: bool) -> Iterator[Figure]:
     yield Figure("coverage", 100 * hits / total, "%", count, reference=90.0)
     yield Figure("false-flags", 100 * alarms / directions, "%", directions)
     yield Figure("seconds-per-fit", spent / count, "s", count)
+
+
+def nuisance_coverage(quick: bool) -> Iterator[Figure]:
+    """Coverage where three pendulum runs have a sensor zero each and a late input, and both are fitted too."""
+    seeds, delay = 10 if quick else 100, 0.015
+    generator = torch.Generator().manual_seed(200)
+    log = machine(replace(PENDULUM, drive=3.0), 3 * seeds, SHORT, generator)
+    zeros = 0.05 * torch.randn(3 * seeds, generator=generator, dtype=torch.float64)
+    signals = log.signals + zeros.view(-1, 1, 1) * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    sent = log.dt * torch.arange(log.actions.shape[1], dtype=torch.float64) - delay
+    log = replace(log, signals=signals, recorded_actions=tuple((sent, action) for action in log.actions))
+    start = {key: torch.tensor(value, dtype=torch.float64) for key, value in PENDULUM.start.items()}
+    settings = replace(PENDULUM.settings, stride=0.5, zeros="per_run", delay=True)
+    inside = []
+    for index in range(seeds):
+        runs = range(3 * index, 3 * index + 3)
+        rows = fit(PENDULUM.mdp, select_episodes(log, list(runs)), start, settings).rows
+        truth = [*PENDULUM.truth.values(), delay, *zeros[runs.start : runs.stop].tolist()]
+        inside += [row.low <= value <= row.high for row, value in zip(rows, truth, strict=True)]
+    yield Figure("coverage-zeros-and-delay", 100 * sum(inside) / len(inside), "%", seeds)
 
 
 def flags(planted: Planted, result: FitResult) -> Tensor:
@@ -93,5 +113,6 @@ def shift_error(quick: bool) -> Iterator[Figure]:
 def intervals(quick: bool) -> Iterator[Figure]:
     """The bar `intervals`: coverage, flagged directions, a planted change found."""
     yield from coverage(quick)
+    yield from nuisance_coverage(quick)
     yield from flagged(quick)
     yield from shift_error(quick)

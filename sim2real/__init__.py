@@ -14,6 +14,8 @@ from sim2real.controllers import (
 )
 from sim2real.evaluation import Evaluation, EvaluationSettings, RunScore, evaluate
 from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow, fit
+from sim2real.identifiability import Identifiability, identifiability
+from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
 from sim2real.mdp import ModelMDP, Noise, sample_noise
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
@@ -47,7 +49,10 @@ __all__ = [
     "ExportedPolicy",
     "FitResult",
     "FitSettings",
+    "Identifiability",
+    "Jackknife",
     "LinearSolution",
+    "Linearization",
     "LogError",
     "ModelMDP",
     "Noise",
@@ -88,6 +93,8 @@ __all__ = [
     "from_unbounded",
     "gain_schedule_policy",
     "gaussian_policy",
+    "identifiability",
+    "jackknife",
     "linear_policy",
     "load_log",
     "load_numpy_policy",

@@ -72,8 +72,9 @@ def operational_space_policy(
         wanted = nu["kp"] * (nu["goal"] - position(state)) - nu["kd"] * _apply(J, velocity)
         if drift is not None:
             wanted = wanted - drift(state)
-        mobility = J @ torch.linalg.solve(mass_matrix(state), J.mT)
-        force = torch.linalg.solve(mobility, wanted.unsqueeze(-1))
+        # inv, not linalg.solve, whose derivatives are wrong in nested forward mode and in vmap(jacfwd): pytorch 192540
+        mobility = J @ torch.linalg.inv(mass_matrix(state)) @ J.mT
+        force = torch.linalg.inv(mobility) @ wanted.unsqueeze(-1)
         return (J.mT @ force).squeeze(-1) + bias(state)
 
     return deterministic_policy(mean)

@@ -79,7 +79,8 @@ def policy_values(
     _check(reward, transition, discount, post)
     kernel = state_transition(actions, transition, post=post)
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return torch.linalg.solve(eye - discount * kernel, (actions * reward).sum(-1).unsqueeze(-1)).squeeze(-1)
+    # inv, not linalg.solve, whose derivatives are wrong in nested forward mode and in vmap(jacfwd): pytorch 192540
+    return (torch.linalg.inv(eye - discount * kernel) @ (actions * reward).sum(-1).unsqueeze(-1)).squeeze(-1)
 
 
 def discounted_visits(
@@ -88,7 +89,7 @@ def discounted_visits(
     """`d = (I - gamma P_pi')^-1 start`, `[..., S]`: discounted state weights, which sum to `1 / (1 - gamma)`."""
     kernel = state_transition(actions, transition, post=post)
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return torch.linalg.solve(eye - discount * kernel.mT, start.unsqueeze(-1)).squeeze(-1)
+    return (torch.linalg.inv(eye - discount * kernel.mT) @ start.unsqueeze(-1)).squeeze(-1)
 
 
 def optimal_values(
@@ -129,7 +130,7 @@ def optimal_values(
         eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
         for _ in range(order):
             gap = (state_values(q, temperature) - value).unsqueeze(-1)
-            value = value + torch.linalg.solve(eye - discount * kernel, gap).squeeze(-1)
+            value = value + (torch.linalg.inv(eye - discount * kernel) @ gap).squeeze(-1)
             q = q_values(value, reward, transition, discount, post=post)
     return BellmanOptimum(value, q, report)
 

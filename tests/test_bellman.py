@@ -210,3 +210,24 @@ def _bad(kind: str) -> dict[str, object]:
 def test_bad_input_is_refused_with_its_name(kind):
     with pytest.raises(ValueError, match=kind):
         optimal_values(**_bad(kind))
+
+
+def test_values_of_a_policy_have_the_same_derivatives_in_every_mode():
+    """torch.linalg.solve gives wrong numbers here without an error: pytorch/pytorch issue 192540."""
+    actions = torch.softmax(random_mdp(4)[0], -1)
+    start = torch.full((STATES,), 1.0 / STATES, dtype=torch.float64)
+
+    def value(x: Tensor) -> Tensor:
+        reward, transition = family(torch.stack([x, x * x]))
+        chosen = torch.softmax(x * actions, -1)
+        return policy_values(chosen, reward, transition, DISCOUNT).sum() + (
+            discounted_visits(start, chosen, transition, DISCOUNT) @ reward[:, 0]
+        )
+
+    x = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    slopes = torch.stack([jacrev(value)(point) for point in x])
+    for mode in (jacrev, jacfwd):
+        torch.testing.assert_close(vmap(mode(value))(x), slopes, rtol=1e-11, atol=1e-11)
+    bend = jacrev(jacrev(value))(x[0])
+    for second in (jacfwd(jacrev(value)), jacrev(jacfwd(value)), jacfwd(jacfwd(value))):
+        torch.testing.assert_close(second(x[0]), bend, rtol=1e-10, atol=1e-10)

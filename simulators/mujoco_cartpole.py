@@ -27,6 +27,8 @@ from sim2real.bounds import Box
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 
+# dry friction close to a hard one (the engine's default creeps ten times faster below the breakaway force); the tooth
+# meets the rack with a time constant of 6 ms, critically damped
 _RIG = """
 <mujoco model="cart-pole rig">
   <compiler autolimits="true"/>
@@ -35,10 +37,11 @@ _RIG = """
   </option>
   <worldbody>
     <body name="carriage">
-      <joint name="rail" type="slide" axis="1 0 0" {stick} frictionloss="{rail_stiction}" damping="{rail_damping}"/>
+      <joint name="rail" type="slide" axis="1 0 0" solreffriction="0.004 1" solimpfriction="0.99 0.999 0.001"
+             frictionloss="{rail_stiction}" damping="{rail_damping}"/>
       <inertial pos="0 0 0" mass="{carriage_mass}" diaginertia="0.01 0.01 0.01"/>
       <body name="cart">
-        <joint name="play" type="slide" axis="1 0 0" {play} damping="0.5"/>
+        <joint name="play" type="slide" axis="1 0 0" range="-{play} {play}" solreflimit="0.006 1" damping="0.5"/>
         <inertial pos="0 0 0" mass="{cart_mass}" diaginertia="0.01 0.01 0.01"/>
         <body name="pole">
           <joint name="hinge" type="hinge" axis="0 1 0" frictionloss="{hinge_stiction}" damping="{hinge_damping}"/>
@@ -54,13 +57,9 @@ _RIG = """
 """
 _SIGNALS = ("position", "angle", "velocity", "angular_velocity")
 _UNITS = {"position": "m", "angle": "rad", "velocity": "m/s", "angular_velocity": "rad/s", "force": "N"}
-# dry friction close to a hard one: the engine's default creeps ten times faster below the breakaway force
-_STICK = 'solreffriction="0.004 1" solimpfriction="0.99 0.999 0.001"'
 _NO_DERIVATIVE = (
     "the MuJoCo cart-pole is a black box (derivative_order = 0): use a score-function or finite-difference estimator"
 )
-# the tooth meets the rack with the stiffness of this time constant (s) and critical damping
-_TOOTH = 'range="-{0} {0}" solreflimit="0.006 1"'
 
 
 def mujoco_cartpole(
@@ -94,22 +93,19 @@ def mujoco_cartpole(
     """
     lag = _check(dt, substeps, delay, backlash, force_limit)
     commands = math.ceil(lag / substeps)
-    model = mujoco.MjModel.from_xml_string(
-        _RIG.format(
-            timestep=dt / substeps,
-            rail_stiction=rail_stiction,
-            rail_damping=rail_damping,
-            hinge_stiction=hinge_stiction,
-            hinge_damping=hinge_damping,
-            carriage_mass=carriage_mass,
-            cart_mass=cart_mass,
-            pole_mass=pole_mass,
-            center=length / 2,
-            inertia=pole_mass * length**2 / 12,
-            force_limit=force_limit,
-            stick=_STICK,
-            play=_TOOTH.format(backlash) if backlash > 0.0 else 'range="-1e-6 1e-6" solreflimit="0.006 1"',
-        )
+    model = _compile(
+        timestep=dt / substeps,
+        rail_stiction=rail_stiction,
+        rail_damping=rail_damping,
+        hinge_stiction=hinge_stiction,
+        hinge_damping=hinge_damping,
+        carriage_mass=carriage_mass,
+        cart_mass=cart_mass,
+        pole_mass=pole_mass,
+        center=length / 2,
+        inertia=pole_mass * length**2 / 12,
+        force_limit=force_limit,
+        play=max(backlash, 1e-6),
     )
     data, pool = [mujoco.MjData(model) for _ in range(threads)], EnginePool(nthread=threads if threads > 1 else 0)
     # engine step j of a control step applies the command of `ages[j]` control steps ago
@@ -129,11 +125,9 @@ def mujoco_cartpole(
         return following
 
     def task(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
-        if reward is not None:
-            return reward(theta, state[:, :4], action, e, following[:, :4])
-        x, angle, v, w = state[:, :4].unbind(-1)
-        cost = x**2 + 10.0 * (1.0 - torch.cos(angle)) + 0.1 * (v**2 + w**2) + 0.001 * action[:, 0] ** 2
-        return -dt * cost
+        if reward is None:
+            return -dt * _balancing_cost(state, action)
+        return reward(theta, state[:, :4], action, e, following[:, :4])
 
     return ModelMDP(
         initial_state,
@@ -148,6 +142,16 @@ def mujoco_cartpole(
         units=_UNITS,
         box=Box(),
     )
+
+
+def _balancing_cost(state: Tensor, action: Tensor) -> Tensor:
+    """Per second, that of the torch `cartpole`."""
+    x, angle, v, w = state[:, :4].unbind(-1)
+    return x**2 + 10.0 * (1.0 - torch.cos(angle)) + 0.1 * (v**2 + w**2) + 0.001 * action[:, 0] ** 2
+
+
+def _compile(**values: float) -> Any:
+    return mujoco.MjModel.from_xml_string(_RIG.format(**values))
 
 
 class _BlackBox(torch.autograd.Function):

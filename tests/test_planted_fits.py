@@ -132,6 +132,18 @@ def test_sensor_zeros_are_recovered(kind):
     assert {key: found[key] for key in TRUTH} == pytest.approx(TRUTH, rel=1e-3, abs=1e-4)
 
 
+def test_a_constant_error_of_the_measured_rate_is_recovered():
+    """The log's velocity is 0.3 rad/s too high in run 0 and 0.2 too low in run 1: the start rates correct it."""
+    mdp, log = pendulum_log(runs=2)
+    error = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    rate = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    log = replace(log, signals=log.signals + error.view(2, 1, 1) * rate)
+    result = fit(mdp, log, tensors(START), replace(EXACT, initial_velocity=True, velocity_std=100.0))
+    torch.testing.assert_close(result.nuisance["start_rate"].flatten(), -error, rtol=0, atol=1e-5)
+    found = values(result)
+    assert {key: found[key] for key in TRUTH} == pytest.approx(TRUTH, rel=1e-3, abs=1e-4)
+
+
 def test_a_change_of_units_changes_the_numbers_only():
     """Inertia in g m^2: the same minimum and the same interval, times 1000."""
     mdp, log = pendulum_log()

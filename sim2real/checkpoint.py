@@ -111,7 +111,8 @@ def decode_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, "pt") as file:
             text, digest, names = json.loads((file.metadata() or {})["checkpoint"])
-            tensors = {name: file.get_tensor(name) for name in names}
+            # own memory: sums over data aligned otherwise round otherwise, and a resumed run must not
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(path, f"not a readable checkpoint ({error})", remedy) from error
     if _digest(tensors, text) != digest:

@@ -220,8 +220,21 @@ def test_evaluate_prints_a_table_and_takes_other_values(
 
 
 def test_strict_fails_what_is_flagged(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["fit", f"log={data}", *FAST, *STARTS, f"out={tmp_path}", "fit.max_steps=1", "report=false"]
-    code, _, err = run(capsys, words)
+    # far too much damping held: Coulomb friction wants to be negative and ends at its bound
+    words = ["fit", f"log={data}", *FAST[:-1], "fit.free=[coulomb]", "theta.damping=0.6", "report=false"]
+    code, out, _ = run(capsys, [*words, f"out={tmp_path / 'a'}"])
+    assert code == 0
+    assert "at a bound" in out
+    code, _, err = run(capsys, [*words, f"out={tmp_path / 'b'}", "strict=true"])
+    assert code == 3
+    assert "look at coulomb" in err
+
+
+def test_what_does_not_converge_says_so_and_keeps_what_it_has(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", f"log={data}", *FAST, *STARTS, f"out={tmp_path}", "fit.max_steps=1", "fit.tolerance=1e-30"]
+    code, _, err = run(capsys, [*words, "report=false"])
     assert code == 3
     assert "NOT converged" in err
     assert (tmp_path / "params.json").exists()

@@ -122,7 +122,8 @@ def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_ste
         trial = _evaluate(cost, point.x + model.step)
         fall, length = point.cost - trial.cost, float(model.step.norm())
         # where the change of J drowns in rounding the gradient still tells a better point
-        rounding = model.fall <= 1e-12 * max(abs(point.cost), abs(trial.cost))
+        floor = 1e-12 * abs(point.cost)
+        rounding = model.fall <= floor and abs(fall) <= floor
         if rounding and not float(trial.gradient.norm()) < size:
             status = "stalled: no further step changes J beyond rounding"
             break

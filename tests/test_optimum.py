@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +80,13 @@ def test_steps_into_an_infinite_cost_are_taken_back() -> None:
     torch.testing.assert_close(found.nu["x"], vector(0.2, 0.2), rtol=0, atol=1e-10)
 
 
+def test_a_step_over_a_cliff_is_not_taken_for_rounding() -> None:
+    J = lambda theta, nu: (1e-3 * nu["x"] - torch.exp(40 * (nu["x"] - 2))).sum()  # 1e17 worse one radius further
+    found = policy_optimum(J, {}, {"x": vector(0.0)})
+    assert found.report.converged
+    assert float(found.nu["x"]) == pytest.approx(2 + math.log(2.5e-5) / 40, rel=1e-10)
+
+
 def test_unbounded_flat_and_unfinished_problems_do_not_converge() -> None:
     linear = policy_optimum(lambda theta, nu: nu["x"].sum(), {}, {"x": vector(0.0, 0.0)}, max_steps=5)
     assert not linear.report.converged
@@ -123,3 +132,26 @@ def test_the_same_call_gives_the_same_bits() -> None:
 def test_bad_inputs_are_named(J: object, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy_optimum(J, {}, {"x": vector(1.0, 2.0)}, **options)
+
+
+def test_what_is_called_converged_is_a_maximum_on_random_bumpy_returns() -> None:
+    """Twenty returns with several maxima, saddles and minima; gradient and Hessian are checked by torch.func."""
+    converged = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        centers = 2 * torch.randn(6, 3, generator=generator, dtype=torch.float64)
+        heights = torch.rand(6, generator=generator, dtype=torch.float64) - 0.3
+
+        def J(theta: Params, nu: Params, centers: Tensor = centers, heights: Tensor = heights) -> Tensor:
+            bumps = torch.exp(-((nu["x"] - centers) ** 2).sum(1))
+            return heights @ bumps - 0.02 * (nu["x"] ** 2).sum()
+
+        start = torch.randn(3, generator=generator, dtype=torch.float64)
+        found = policy_optimum(J, {}, {"x": start})
+        converged += found.report.converged
+        f = lambda x, J=J: J({}, {"x": x})
+        assert float(f(found.nu["x"])) >= float(f(start))
+        if found.report.converged:
+            assert float(torch.func.grad(f)(found.nu["x"]).norm()) < 1e-8
+            assert float(torch.linalg.eigvalsh(torch.func.hessian(f)(found.nu["x"])).max()) < 0
+    assert converged == 20

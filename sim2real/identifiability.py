@@ -10,8 +10,9 @@ A direction is *not fixed* when
   (a) sigma_i is zero to rounding: no data of this kind ever fix it, or
   (b) the half-width of its interval, from the delete-one-block jackknife of the data alone (sim2real.intervals),
       exceeds the range: after the data we know no more than before.
-A parameter *reaches the output* when its column of J is not zero, and is *identified* when it has no part in a
-direction that is not fixed. Reference: Gutenkunst et al., PLoS Comput. Biol. 3(10), 2007, e189 (sloppiness spectra).
+A parameter *reaches the output* when its column of J is not zero, and is *identified* when, besides, its own interval
+is narrower than its range and it has no part in a direction that is not fixed.
+Reference: Gutenkunst et al., PLoS Comput. Biol. 3(10), 2007, e189 (sloppiness spectra).
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def identifiability(
     sigma, vectors = _spectrum(triangle[:, kept], triangle[:, removed])
     blocks = make_blocks(windows, seconds=block_seconds)
     shifts, null = deleted_block_shifts(*block_sums(windows, blocks), precision.diag())
-    half_width = _half_widths(shifts[:, kept] / scale[kept], null[:, kept] / scale[kept], vectors, level)
+    moves = shifts[:, kept] / scale[kept], null[:, kept] / scale[kept]
+    half_width, own = (_half_widths(*moves, basis, level) for basis in (vectors, torch.eye(len(kept)).to(vectors)))
     zero = sigma <= _RANK_TOLERANCE * sigma.max()
     half_width = torch.where(zero, torch.full_like(half_width, torch.inf), half_width)
     fixed = half_width < 1.0
@@ -97,7 +99,7 @@ def identifiability(
     reaches = windows.jacobian.flatten(0, 1)[:, kept].abs().amax(0) > 0
     directions = _sparse_basis(vectors[:, ~fixed], chosen)
     return Identifiability(
-        chosen, sigma.square(), vectors, half_width, fixed, directions, reaches, (part < 1) & reaches
+        chosen, sigma.square(), vectors, half_width, fixed, directions, reaches, reaches & (own < 1) & (part < 1)
     )
 
 

@@ -108,6 +108,16 @@ def test_a_direction_wider_than_its_range_is_not_fixed():
     assert identifiability(some_windows(J), ("m", "b"), torch.tensor([1.0, 100.0]).double()).fixed.all()
 
 
+def test_a_parameter_pulled_along_by_an_open_one_is_not_identified():
+    """b is open by some 270 ranges (the direction is all but b alone); m moves by 0.05 of it, 13 of its own ranges."""
+    J = random_jacobian(2)
+    J[..., 1] = 1e-3 * J[..., 1] - 0.05 * J[..., 0]  # m = 0.05 b leaves the output all but unchanged
+    residual = 4 * torch.randn(J.shape[:2], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = identifiability(some_windows(J, residual), ("m", "b"), ones(2))
+    assert found.directions[0]["m"] < 0.1
+    assert found.identified.tolist() == [False, False]
+
+
 def test_a_parameter_seen_in_one_block_only_is_not_fixed():
     J = random_jacobian(2)
     J[:, :, 1] = 0.0

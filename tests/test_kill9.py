@@ -1,6 +1,6 @@
 """Bar `kill9`: killed at 20 random moments each, `fit` and `tune` resume and end bitwise equal to the unbroken run.
 
-The children are forked from a process that has imported everything, so that a moment costs a fraction of a second.
+Six moments each in the default suite, twenty each with `make test-slow`. The children are forked from a process that has imported everything, so that a moment costs a fraction of a second.
 Besides random moments, the child dies at its n-th flush or renaming of a file, for every n there is.
 """
 
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-MOMENTS = 20
 WORLD = '''
 import torch
 from sim2real import ModelMDP, Params, Policy, Rollout, rollout, sample_noise
@@ -88,7 +87,7 @@ COMMANDS = {
     ],
     "tune": [
         "tune", "model._target_=world.model", "policy=linear", "policy.std=0.2", "horizon=8", "batch=4",
-        "tune.max_steps=3", "discount=0.9", "data.mode=callable", "data.callable=world.collect", "report=false",
+        "tune.max_steps=2", "discount=0.9", "data.mode=callable", "data.callable=world.collect", "report=false",
     ],
 }  # fmt: skip
 RESULTS = ("params.json", "params.safetensors", "policy/policy.npz")
@@ -111,20 +110,22 @@ def unbroken(request: pytest.FixtureRequest, folder: Path, run: Run) -> tuple[st
     return name, results(out), answer["seconds"]
 
 
+@pytest.mark.parametrize("moments", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_bitwise_equal(
-    unbroken: tuple[str, dict[str, bytes], float], folder: Path, run: Run
+    unbroken: tuple[str, dict[str, bytes], float], folder: Path, run: Run, moments: int
 ) -> None:
     name, expected, seconds = unbroken
-    draw = random.Random(f"kill9 {name}")
+    draw = random.Random(f"kill9 {name} {moments}")
     killed = 0
-    for moment in range(MOMENTS):
-        words = [*COMMANDS[name], f"out={folder / f'{name}-{moment}'}"]
+    for moment in range(moments):
+        out = folder / f"{name}-{moments}-{moment}"
+        words = [*COMMANDS[name], f"out={out}"]
         first = run(words, kill_after=draw.uniform(0.0, seconds))
         killed += first["signal"] == signal.SIGKILL
         assert run(words)["code"] == 0
-        assert results(folder / f"{name}-{moment}") == expected, f"moment {moment}"
+        assert results(out) == expected, f"moment {moment}"
     # the others had ended before their moment came: machines are not evenly loaded
-    assert killed >= MOMENTS // 2
+    assert killed >= moments // 2
 
 
 def test_killed_at_every_write_it_ends_bitwise_equal(

@@ -183,3 +183,27 @@ def test_sensitivity_of_the_soft_optimum_transposes_and_sees_a_policy_that_is_no
     assert float(dot(g, chain.jvp(v))) == pytest.approx(float(dot(chain.vjp(g), v)), rel=1e-10)
     worse = {"q": TABLES.reward}
     assert not bellman_sensitivity(TABLES, temperature, objective, theta, worse).report.converged
+
+
+def test_per_environment_theta_vmap_and_second_derivatives_of_the_continuous_model():
+    mdp, generator = battery(), torch.Generator().manual_seed(2)
+    state, action, e = (torch.randn(3, 1, generator=generator, dtype=torch.float64) for _ in range(3))
+    theta = {
+        "mean": torch.tensor([0.0, 0.01, -0.02], dtype=torch.float64),
+        "std": torch.tensor([0.05, 0.1, 0.03], dtype=torch.float64),
+    }
+    batch = mdp.step(theta, state, action, e)
+
+    def single(t: Params, *row: Tensor) -> Tensor:
+        return mdp.step(t, *(x.unsqueeze(0) for x in row)).squeeze(0)
+
+    torch.testing.assert_close(torch.func.vmap(single)(theta, state, action, e), batch, rtol=0, atol=0)
+
+    def one_reward(a: Tensor) -> Tensor:
+        return mdp.reward(theta, state, a, e, batch)
+
+    # prices: 1.0 when buying, 0.5 when selling; piecewise linear, so no curvature
+    price = torch.where(action > 0, 1.0, 0.5).to(action)
+    torch.testing.assert_close(torch.func.grad(lambda a: one_reward(a).sum())(action), -price)
+    curvature = torch.func.hessian(lambda a: one_reward(a).sum())(action)
+    assert float(curvature.abs().max()) == 0.0

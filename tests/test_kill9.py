@@ -1,7 +1,8 @@
 """Bar `kill9`: killed at 20 random moments each, `fit` and `tune` resume and end bitwise equal to the unbroken run.
 
-Six moments each in the default suite, twenty each with `make test-slow`. The children are forked from a process that has imported everything, so that a moment costs a fraction of a second.
-Besides random moments, the child dies at its n-th flush or renaming of a file, for every n there is.
+Six moments each in the default suite, twenty each with `make test-slow`. Besides random moments, the child dies at its
+n-th flush or renaming of a file, for every n there is. The children are forked from a process that has imported
+everything, so that a moment costs a second.
 """
 
 import json

@@ -1,5 +1,6 @@
 # Everything from a bare Debian 12 machine with Python 3.11: each target does its own set-up.
 PYTHON ?= python3
+MODEL ?= pendulum
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
@@ -13,8 +14,9 @@ $(STAMP): pyproject.toml constraints.txt setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash setup.sh
 	@touch $(STAMP)
 
-run: $(STAMP)  ## the main job on the embedded bench rig: fit, table, tune, report
-	$(EXPORTS) $(BIN)/python examples/bench_rig.py
+# the main job on the embedded bench rig; LOG=... SCHEMA=... MODEL=... fits your own log instead
+run: $(STAMP)
+	$(EXPORTS) $(BIN)/python examples/bench_rig.py $(if $(LOG),--log $(LOG) --model $(MODEL) $(if $(SCHEMA),--schema $(SCHEMA)))
 
 test: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov --cov-report=term:skip-covered
@@ -25,6 +27,7 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	rm -rf build
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target build/installed .
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p sim2real
 

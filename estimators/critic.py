@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def noise_nodes(policy: Policy, nu: Params, states: Tensor) -> tuple[Tensor, Ten
     None for a deterministic policy; 9 Gauss-Hermite nodes for one noise column that moves the action smoothly; else 64
     antithetic low-discrepancy nodes with unit covariance (equal weights: right for discrete actions, too).
     """
-    like = {"dtype": torch.float64, "device": states.device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": states.device}
     if policy.noise_dim == 0:
         return torch.zeros(1, 0, **like), torch.ones(1, **like)
     if policy.noise_dim == 1:

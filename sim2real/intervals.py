@@ -31,6 +31,8 @@ MINIMUM_BLOCKS = 6
 _RANK_TOLERANCE = 1e-12
 # A parameter lies in an open direction when its loading exceeds this; rounding gives 1e-8.
 _LOADING = 1e-5
+# One block out of many with this share of the information is an accident of a window that amplifies everything.
+_DOMINATING = 0.95
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,27 @@ def jackknife(
     infinite = torch.full_like(precision, torch.inf)
     std = torch.where(opened, infinite, covariance.diagonal().clamp(min=0).sqrt())
     quantile = float(student.ppf((1 + level) / 2, max(blocks.count - 1, 1)))
-    return Jackknife(covariance, std, quantile * std, opened, level, blocks, blocks.notes)
+    notes = (*blocks.notes, *_dominating_block(A, windows, blocks))
+    return Jackknife(covariance, std, quantile * std, opened, level, blocks, notes)
+
+
+def _dominating_block(A: Tensor, windows: Linearization, blocks: Blocks) -> tuple[str, ...]:
+    """A note when one of several blocks holds most of the information on the parameters that all runs share."""
+    information = A.diagonal(dim1=1, dim2=2)
+    runs = [information[blocks.index[windows.run == run].unique()].sum(0) > 0 for run in windows.run.unique()]
+    shared = torch.stack(runs).all(0)
+    if blocks.count < 2 or not bool(shared.any()):
+        return ()
+    share, block = (information[:, shared] / information[:, shared].sum(0)).max(0)
+    middle = int(share.argsort()[len(share) // 2])
+    if float(share[middle]) < _DOMINATING:
+        return ()
+    window = int((blocks.index == block[middle]).nonzero()[0, 0])
+    where = f"from {float(windows.start[window]):.3g} s of run {int(windows.run[window])}"
+    return (
+        f"{100 * float(share[middle]):.0f} % of the information comes from one block ({where}): the model is near an "
+        f"instability there or its time step too long; use more substeps, or leave such windows out with max_growth",
+    )
 
 
 def _covariance(A: Tensor, s: Tensor, precision: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -263,6 +263,16 @@ def test_too_few_windows_leave_everything_open():
     assert torch.isinf(single.half_width).all()
 
 
+def test_a_block_that_amplifies_everything_is_named():
+    windows = some_windows()
+    J = windows.jacobian.clone()
+    J[75] *= 1e3
+    answer = jackknife(replace(windows, jacobian=J))
+    assert "from one block (from 3.75 s of run 1): the model is near an instability" in answer.notes[0]
+    zeros = (windows.run.unsqueeze(1) == torch.arange(2)).double().unsqueeze(1).expand(-1, 5, -1)
+    assert jackknife(replace(windows, jacobian=zeros)).notes == ()  # each column belongs to a run of its own
+
+
 def test_soft_l1_weights():
     r = torch.tensor([0.0, 0.02, -0.06], dtype=torch.float64)
     torch.testing.assert_close(soft_l1_weights(r, 0.02), 1 / torch.sqrt(1 + torch.tensor([0.0, 1.0, 9.0]).double()))

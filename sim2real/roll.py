@@ -1,7 +1,7 @@
 """Batched open-loop rolls with exact derivatives: `s_{t+1} = f(p, s_t, a_t, e_t)` for W windows over T steps.
 
 One forward roll without autograd stores the states. Then f is linearised at all W T samples in a few large batched
-calls, A_t = df/ds, B_t = df/dp (n vector-Jacobian products with one copy of p per sample), and
+calls, A_t = df/ds, B_t = df/dp (one reverse pass batched over the n components, with one copy of p per sample), and
 
     forward    S_{t+1} = A_t S_t + B_t           Phi_{t+1} = A_t Phi_t,  Phi_0 = I     (all parameters at once)
     adjoint    l_t = A_t' l_{t+1} + c_t,         gradient = sum_t (df/dp)' l_{t+1}     (one product; many parameters)
@@ -22,8 +22,8 @@ from torch.func import jvp, vjp
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 
-# Samples per batched step call: fewer cost calls, more cost memory (measured flat between 8e3 and 8e4 for 4 states).
-CHUNK = 16384
+# Samples per batched step call: fewer cost calls, more cost memory (4 states: flat within 5 % from 8e3 to 3e4).
+CHUNK = 8192
 _WARM_ITERATIONS = 20
 _WARM_TOLERANCE = 1e-10
 
@@ -79,14 +79,13 @@ def step_jacobians(
         copies = _copies(theta, free, len(s))
         leaves = [s, *copies.values(), *([a] if wrt_action else [])]
         with torch.enable_grad():
-            following = mdp.step(theta | copies, s, a, noise[part]).unbind(-1)
-        for i, component in enumerate(following):
-            pulled = _pull(component, leaves, keep=i + 1 < n)
-            A[part, i] = pulled[0]
-            if d:
-                B[part, i] = torch.cat([grad.flatten(1) for grad in pulled[1 : 1 + len(copies)]], 1)
-            if C is not None:
-                C[part, i] = pulled[-1]
+            following = mdp.step(theta | copies, s, a, noise[part])
+        by_state, *by_params = _pull(following, leaves)
+        A[part] = by_state
+        if C is not None:
+            C[part] = by_params.pop()
+        if d:
+            B[part] = torch.cat(by_params, 2)
     return StepJacobians(A, B, C)
 
 
@@ -95,13 +94,22 @@ def _copies(theta: Params, free: Sequence[str], count: int) -> Params:
     return {key: theta[key].detach().expand(count, *theta[key].shape).contiguous().requires_grad_() for key in free}
 
 
-def _pull(component: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
-    """Gradients `[M, ...]` of a component `[M]` with respect to each leaf; zero where it does not depend on one."""
-    if component.grad_fn is None:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    ones = torch.ones_like(component)
-    pulled = torch.autograd.grad(component, leaves, ones, retain_graph=keep, allow_unused=True, materialize_grads=True)
-    return [grad.reshape(len(ones), -1) if grad.ndim < 2 else grad for grad in pulled]
+def _pull(outputs: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Derivatives `[M, p, width]` of outputs `[M, p]` with respect to each leaf `[M, ...]`, sample by sample.
+
+    One batched reverse pass for all p components (a custom autograd Function in the step needs its vmap rule); zero
+    where the outputs do not depend on a leaf.
+    """
+    M, p = outputs.shape
+    pulled: Sequence[Tensor | None] = [None] * len(leaves)
+    if outputs.requires_grad:
+        picks = torch.eye(p).to(outputs).unsqueeze(1).expand(p, M, p)
+        pulled = torch.autograd.grad(outputs, leaves, picks, is_grads_batched=True, allow_unused=True)
+    zero = outputs.new_zeros(())
+    return [
+        (zero.expand(p, *leaf.shape) if grad is None else grad).reshape(p, M, leaf[0].numel()).transpose(0, 1)
+        for leaf, grad in zip(leaves, pulled, strict=True)
+    ]
 
 
 def observe_jacobians(mdp: ModelMDP, theta: Params, free: Sequence[str], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +119,11 @@ def observe_jacobians(mdp: ModelMDP, theta: Params, free: Sequence[str], states:
         return torch.eye(n).to(states).expand(M, n, n), states.new_zeros(M, n, sum(theta[k].numel() for k in free))
     s, copies = states.detach().requires_grad_(), _copies(theta, free, M)
     with torch.enable_grad():
-        seen = mdp.observe(theta | copies, s).unbind(-1)
-    pulled = [_pull(column, [s, *copies.values()], keep=i + 1 < len(seen)) for i, column in enumerate(seen)]
-    by_state = torch.stack([row[0] for row in pulled], 1)
-    by_params = [torch.cat([grad.flatten(1) for grad in row[1:]], 1) for row in pulled] if copies else []
-    return by_state, torch.stack(by_params, 1) if by_params else states.new_zeros(M, len(seen), 0)
+        seen = mdp.observe(theta | copies, s)
+    by_state, *by_params = _pull(seen, [s, *copies.values()])
+    if not by_params:
+        return by_state, states.new_zeros(M, seen.shape[1], 0)
+    return by_state, torch.cat(by_params, 2)
 
 
 def forward_sensitivity(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

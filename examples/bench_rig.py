@@ -1,4 +1,7 @@
-"""Fit a pendulum to the log of a bench rig, then tune it for balancing on that rig: expect a higher real return.
+"""The main job on a bench rig
+===========================
+
+Fit a pendulum to the log of a bench rig, then tune it for balancing on that rig: expect a higher real return.
 
     python examples/bench_rig.py                                   # the embedded rig: fit, tune, two reports
     python examples/bench_rig.py --log runs/ --schema rig.yaml --model pendulum fit.delay=true     # your own log: fit
@@ -47,9 +50,9 @@ def balance(policy: Policy, nu: Params, iteration: int, generator: torch.Generat
 
 
 def reward(state: torch.Tensor, action: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """The real task, per step of 10 ms: stay upright, move little, spend little torque."""
+    """The real task, per step: stay upright, move little, spend little torque."""
     angle, velocity = state[..., 0] - UPRIGHT, state[..., 1]
-    return -0.01 * (angle**2 + 0.1 * velocity**2 + 0.002 * action[..., 0] ** 2)
+    return -(angle**2 + 0.1 * velocity**2 + 0.002 * action[..., 0] ** 2)
 
 
 def run(*words: str) -> int:
@@ -59,7 +62,7 @@ def run(*words: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[3])
     parser.add_argument("--log", help="fit this log instead: file, folder or pattern")
     parser.add_argument("--schema", help="its schema (YAML)")
     parser.add_argument("--model", default="pendulum")

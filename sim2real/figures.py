@@ -50,7 +50,8 @@ def draw(paint: Any, rows: int = 1, columns: int = 1, *, size: tuple[float, floa
         paint(figure.subplots(rows, columns, squeeze=False, sharex=share in ("x", "both"), sharey=share == "both"))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def log_axis(ax: Axes, which: Literal["x", "y"]) -> None:

@@ -53,7 +53,7 @@ def tune_report(result: TuneResult, parameters: ParameterSet, likelihood: Gaussi
         status=_tune_status(result),
         headline=_tune_headline(result, likelihood) if history else [],
         parameter_head=["parameter", "start", "tuned", "change", "unit"],
-        rows=[_tuned_cells(name, row) for name, row in parameters.parameters.items()],
+        rows=[cells for name, row in parameters.parameters.items() for cells in _tuned_rows(name, row)],
         policy_text=_policy_text(result),
         policy=_policy_blocks(result, parameters.report.get("names", {})),
         solve=solve,
@@ -210,12 +210,14 @@ def _with_error(value: float, stderr: float) -> str:
     return number(value) if not math.isfinite(stderr) else f"{number(value)} ± {number(1.645 * stderr, 2)}"
 
 
-def _tuned_cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    start, value = row.get("initial"), row["value"]
-    if not isinstance(value, float) or not isinstance(start, float):
-        return [name, "…", "…", "", row.get("unit", "")]
-    change = f"{100 * (value - start) / abs(start):+.1f} %" if start else "–"
-    return [name, number(start, 5), number(value, 5), change if row.get("tuned") else "held", row.get("unit", "")]
+def _tuned_rows(name: str, row: Mapping[str, Any]) -> list[list[str]]:
+    """One table row per number: name, start, tuned, change, unit; a matrix gives a row per entry."""
+    start, value = row["initial"], row["value"]
+    if isinstance(value, list):
+        parts = [(f"{name}[{k}]", a, b) for k, (a, b) in enumerate(zip(start, value, strict=True))]
+        return [cells for part, a, b in parts for cells in _tuned_rows(part, {**row, "initial": a, "value": b})]
+    change = "–" if start == 0 else f"{100 * (value - start) / abs(start):+.1f} %"
+    return [[name, number(start, 5), number(value, 5), change if row["tuned"] else "held", row["unit"]]]
 
 
 def _iteration_cells(record: Mapping[str, float]) -> list[str]:

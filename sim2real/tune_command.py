@@ -92,11 +92,8 @@ def _task(config: TuneConfig) -> Task:
     theta = start_values(mdp, config.theta, given)
     check_names("free", config.free, tuple(theta))
     states = mdp.names.get("state", ())
-    if log is not None and log.names["signal"] != states:
-        raise DataError(
-            f"the log has the signals {log.names['signal']}, the policy needs the model's states {states}: "
-            f"name and derive them in the schema"
-        )
+    if log is not None:
+        _check_signals(log, states)
     target = torch.tensor(config.policy.target or [0.0] * len(states), dtype=torch.float64)
     if target.shape != (len(states),):
         raise UsageError(f"policy.target has {len(target)} entries, the state has {len(states)}: {states}")
@@ -104,6 +101,14 @@ def _task(config: TuneConfig) -> Task:
     mdp, reward = _task_reward(config, mdp, theta)
     free = tuple(config.free or theta)
     return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given)
+
+
+def _check_signals(log: RolloutLog, states: Sequence[str]) -> None:
+    if tuple(log.names["signal"]) != tuple(states):
+        raise DataError(
+            f"'{log.source}' has the signals {log.names['signal']}, the policy needs the model's states {states}: "
+            f"name and derive them in the schema"
+        )
 
 
 def _policy(config: TuneConfig, n: int, m: int) -> tuple[Policy, Params, nn.Module | None]:
@@ -254,6 +259,7 @@ def _growing_folder(config: TuneConfig, task: Task, workspace: Workspace) -> Col
         if not names:
             return None
         log = load_log([arrivals / name for name in names], config.schema, overrides=config.columns, dt=task.mdp.dt)
+        _check_signals(log, task.mdp.names.get("state", ()))
         write_atomic(record, json.dumps({**batches, str(iteration): names}).encode())
         return log
 

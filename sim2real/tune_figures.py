@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from sim2real.figures import BLUE, GREY, RED, draw, legend_above, log_axis
@@ -20,12 +21,13 @@ Gaussian = tuple[Params, Tensor]
 
 
 def tune_figures(result: TuneResult, units: Mapping[str, str], likelihood: Gaussian | None) -> dict[str, str]:
-    """All figures of a tuning run by name; "tradeoff" only where the start came from a fit."""
+    """All figures of a tuning run by name; "path" only of scalar parameters, "tradeoff" only after a fit."""
     figures = {
         "history": history_figure(result.history),
-        "path": path_figure(result.history, units),
         "search": search_figure(result.history),
     }
+    if any(key.startswith("theta.") for key in result.history[0]):
+        figures["path"] = path_figure(result.history, units)
     if likelihood is not None:
         figures["tradeoff"] = tradeoff_figure(result.history, likelihood)
     return figures
@@ -154,6 +156,8 @@ def tradeoff_figure(history: Sequence[Mapping[str, float]], likelihood: Gaussian
         ax.set_xlim(left=-0.1)
         ax.set_xlabel("likelihood given up against the fit [nat]")
         ax.set_ylabel("real return")
-        ax.figure.colorbar(points, ax=ax, label="iteration", shrink=0.9)
+        bar = ax.figure.colorbar(points, ax=ax, label="iteration", shrink=0.9)
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
 
     return draw(paint, size=(8.0, 3.4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from hydra.utils import get_method
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -93,14 +93,14 @@ def resolve_function(target: str, key: str) -> Callable[..., Any]:
 
     Raises `UsageError` naming the key and what could not be found.
     """
+    module, _, name = target.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return get_method(target)
-    except (ImportError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
-            f"{key}={target}: no such function ({reason}); give module.function, importable from here"
+            f"{key}={target}: no such function ({error}); give module.function, importable from here"
         ) from error
 
 

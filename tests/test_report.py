@@ -1,0 +1,180 @@
+"""The report: one file that loads nothing, escapes everything and is the same for the same result."""
+
+import base64
+import dataclasses
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from sim2real.evaluation import Evaluation, RunScore
+from sim2real.fit import Comparison, FitResult
+from sim2real.fit_facts import ParameterRow
+from sim2real.parameter_file import ParameterSet
+from sim2real.report import describe_direction, fit_report, interval_text, number, row_flags, tune_report
+from sim2real.solve_report import SolveReport
+from sim2real.tune_figures import log_likelihood, measured
+from sim2real.tuning import TuneResult
+
+HOSTILE = "<script>alert('log')</script> & \"friends\""
+
+
+def evaluation(scale: float, *, signals: int = 1, runs: int = 2) -> Evaluation:
+    """Windows of a sine with noise that grows inside the window; growth factors from 1 to 30."""
+    generator = torch.Generator().manual_seed(int(1000 * scale))
+    count, rows = 20 * runs, torch.arange(4, 101, 4)
+    starts, episodes = (20 * torch.arange(20) + 10).repeat(runs), torch.arange(runs).repeat_interleave(20)
+    time = 0.005 * (starts.unsqueeze(1) + rows).double()
+    measured = torch.sin(2 * time + episodes.unsqueeze(1)).unsqueeze(-1).repeat(1, 1, signals)
+    growth = 1 + 29 * torch.rand(count, generator=generator).double()
+    noise = scale * torch.randn(count, 1, signals, generator=generator).double() * (rows / 100).unsqueeze(-1)
+    errors = noise.square().expand_as(measured).mean((1, 2)).sqrt()
+    names = (HOSTILE, "run_1", "run_2", "run_3")[:runs]
+    return Evaluation(
+        rmse=scale, median=scale, windows=count, calm_rmse=scale, calm_median=scale, calm_windows=7, hold_first=0.5,
+        baselines={"hold-first-value": 0.5}, runs=tuple(RunScore(name, scale, scale, 20, 0.5, ()) for name in names),
+        signals=("angle", "other")[:signals], unit="rad", dt=0.005, errors=errors, growth=growth, episodes=episodes,
+        starts=starts, rows=rows, predicted=measured + noise, measured=measured,
+    )  # fmt: skip
+
+
+def result(*, signals: int = 1, runs: int = 2, left_out: bool = True) -> FitResult:
+    row = ParameterRow("mgl", 2.5, "N m", 2.4, 2.6, (2.0, 1.0), False, True, True, 3.0)
+    rows = (
+        row,
+        dataclasses.replace(row, name="inertia", low=math.nan, high=math.nan, identified=False, prior=None),
+        dataclasses.replace(row, name="coulomb", value=0.0, at_bound=True),
+        dataclasses.replace(row, name="offset", reaches_output=False, identified=False),
+    )
+    square = torch.eye(4).double() - 0.3 * (1 - torch.eye(4).double())
+    square[3, 0] = math.nan
+    pair = Comparison(evaluation(0.03, signals=signals, runs=runs), evaluation(0.3, signals=signals, runs=runs))
+    history = tuple({"step": float(k), "loss": 0.1**k + 0.01, "gradient": 0.1**k} for k in range(4))
+    return FitResult(
+        theta={"mgl": torch.tensor(2.5)}, nuisance={}, rows=rows, correlation=square, covariance=square,
+        spectrum=torch.tensor([1e4, 1e2, 1e-3, 0.0]).double(), directions=({"inertia": 0.8, "mgl": -0.6},),
+        report=SolveReport(True, 1e-9, 3, "converged"), history=history, training=pair,
+        left_out=pair if left_out else None, notes=(HOSTILE,),
+    )  # fmt: skip
+
+
+def parameters(kind: str = "fit") -> ParameterSet:
+    rows = {
+        "mgl": {"value": 2.5, "initial": 2.0, "unit": "N m", "tuned": True},
+        "damping": {"value": 0.1, "initial": 0.0, "unit": "N m s/rad", "tuned": False},
+        "A": {"value": [[1.0, 0.0]], "initial": [[0.9, 0.0]], "unit": "1", "tuned": True},
+    }
+    origin = {"command": f"sim2real {kind} {HOSTILE}", "log": {"path": "a.csv", "sha256": "0" * 64}, "versions": {}}
+    report = {"names": {"state": ["angle", "velocity"], "action": ["torque"]}}
+    return ParameterSet(kind, {"_target_": "sim2real.simulators.pendulum"}, rows, {}, report, (HOSTILE,), origin)
+
+
+def tuned(steps: int = 6, *, waiting: bool = False) -> TuneResult:
+    history = tuple(
+        {
+            "iteration": float(k),
+            "accepted": float(k != 3),
+            "real_return": -10.0 + k - (60.0 if k == 3 else 0.0),
+            "real_return_stderr": 0.5,
+            "measured_return": math.nan if k == 0 else -10.0 + k - (60.0 if k == 3 else 0.0),
+            "measured_stderr": 0.4,
+            "radius": 0.5,
+            "step_norm": 0.3,
+            "gradient_norm": 0.5**k,
+            "effective_sample_size": 100.0,
+            "transitions": 1000.0 * (k + 1),
+            "theta.mgl": 2.0 + 0.1 * k,
+            "theta.damping": 0.0,
+        }
+        for k in range(steps)
+    )
+    nu = {"gain": torch.tensor([[8.0, 1.5]]), "0.weight": torch.zeros(16, 2)}
+    report = SolveReport(False, 1e-3, steps, "stopped")
+    return TuneResult({"mgl": torch.tensor(2.5)}, nu, history, report, ("step 3 undone",), waiting, {})
+
+
+def figures(html: str) -> list[str]:
+    return [base64.b64decode(part).decode() for part in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)]
+
+
+def check_self_contained(html: str, count: int) -> None:
+    """Well-formed figures inside, no address of anything outside, nothing of the log taken as markup."""
+    assert len(figures(html)) == count
+    for svg in figures(html):
+        ElementTree.fromstring(svg)
+        assert svg.startswith("<svg")  # no document type: it would be the address of one
+        assert not re.search(r'(?:href|src)="(?!#|data:)', svg)
+    assert not re.search(r"<(?:script|link|iframe|object)\b", html)
+    assert not re.search(r'(?:src|href)="(?!data:)', html)
+    assert "url(" not in html
+    assert HOSTILE not in html
+    assert "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize(("signals", "runs", "left_out"), [(1, 2, True), (2, 4, False)])
+def test_the_fit_report_is_self_contained(signals: int, runs: int, left_out: bool) -> None:
+    html = fit_report(result(signals=signals, runs=runs, left_out=left_out), parameters(), "pendulum")
+    check_self_contained(html, 8)
+    for text in ("not identified", "at a bound", "does not reach the output", "0.80 inertia - 0.60 mgl", "hold first"):
+        assert text in html
+    assert ("No run was left out" in html) == (not left_out)
+
+
+def test_windows_that_diverge_do_not_break_the_report() -> None:
+    bad = evaluation(0.3)
+    predicted, errors = bad.predicted.clone(), bad.errors.clone()
+    predicted[3:] = math.inf
+    errors[3:] = math.inf
+    bad = dataclasses.replace(bad, predicted=predicted, errors=errors, rmse=math.inf, calm_rmse=math.nan)
+    whole = result(left_out=False)
+    html = fit_report(dataclasses.replace(whole, training=Comparison(whole.training.fitted, bad)), parameters(), "m")
+    check_self_contained(html, 8)
+    assert "∞ rad" in html
+
+
+def test_equal_results_give_equal_bytes() -> None:
+    assert fit_report(result(), parameters(), "m") == fit_report(result(), parameters(), "m")
+    assert tune_report(tuned(), parameters("tune")) == tune_report(tuned(), parameters("tune"))
+
+
+def test_the_tuning_report_is_self_contained() -> None:
+    likelihood = ({"mgl": torch.tensor(2.0).double()}, torch.tensor([[200.0]]).double())
+    html = tune_report(tuned(), parameters("tune"), likelihood)
+    check_self_contained(html, 4)
+    # 25 % up in mgl; five steps of 0.1 with precision 200 cost 200 * 0.5^2 / 2 = 25 nat
+    for text in ("+25.0 %", "A[0][0]", "held", "undone", "velocity", "25 nat"):
+        assert text in html
+    check_self_contained(tune_report(tuned(), parameters("tune")), 3)
+
+
+def test_a_run_without_iterations_waits() -> None:
+    html = tune_report(tuned(0, waiting=True), parameters("tune"))
+    assert "Waiting for real rollouts" in html
+    check_self_contained(html, 0)
+
+
+def test_returns_are_the_measured_ones_where_there_are_some() -> None:
+    history = tuned().history
+    assert measured(history[0]) == (-10.0, 0.5)
+    assert measured(history[1]) == (-9.0, 0.4)
+    likelihood = ({"mgl": torch.tensor(2.0).double()}, torch.tensor([[2.0]]).double())
+    assert log_likelihood(history[2], likelihood) == pytest.approx(-0.04, rel=1e-12)
+
+
+def test_numbers_and_flags_for_people() -> None:
+    assert [number(x) for x in (None, math.nan, math.inf, -math.inf, 0.0123456, 12)] == [
+        "–",
+        "–",
+        "∞",
+        "−∞",
+        "0.01235",
+        "12",
+    ]
+    assert interval_text(math.nan, 1.0) == "none"
+    assert interval_text(1.0, 2.0) == "1 … 2"
+    assert describe_direction({"a": -0.02, "b": 0.7, "c": -0.7}) == "0.70 b - 0.70 c"
+    assert [row_flags(row) for row in result().rows] == [
+        [], ["not identified"], ["at a bound"], ["does not reach the output"],
+    ]  # fmt: skip

@@ -1,0 +1,184 @@
+"""`sim2real tune`: every source of real data, the policy files, waiting and resuming, named errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sim2real.cli import main
+from sim2real.parameter_file import read_parameters
+
+WORLD = """
+import gymnasium, torch
+from sim2real import rollout, sample_noise
+from sim2real.gym import to_gym
+from sim2real.simulators import linear_gaussian
+
+A, B = torch.tensor([[1.0, 0.2], [0.0, 0.9]]).double(), torch.tensor([[0.0], [0.3]]).double()
+TRUE = {"A": A - 0.05 * torch.eye(2).double(), "B": 2 * B}
+
+def model(dt=1.0):
+    return linear_gaussian(A, B, noise_covariance=0.01 * torch.eye(2).double(), dt=dt)
+
+def collect(policy, nu, iteration, generator):
+    real = model()
+    return rollout(real, policy, TRUE, nu, sample_noise(real, policy, 12, 20, generator))
+
+def reward(state, action, following):
+    return -(state**2).sum(-1) - (action**2).sum(-1)
+
+gymnasium.register(
+    "TuneWorld-v0",
+    entry_point=lambda: to_gym(model(), TRUE, action_space=gymnasium.spaces.Box(-9.0, 9.0, (1,), "f8"), horizon=20))
+"""
+SCHEMA = """
+time: {column: time, unit: s}
+signals: {s1: {column: s1, unit: "1"}, s2: {column: s2, unit: "1"}}
+actions: {a1: {column: a1, unit: "1"}}
+dt: 1.0
+"""
+SMALL = [
+    "model._target_=tune_world.model", "policy=linear", "horizon=8", "batch=4", "discount=0.9", "free=[B]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tune_world.py").write_text(WORLD)
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[int, str, str]:
+    code = main(["tune", *words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write_rollouts(folder: Path, policy: Path, names: list[str], seed: int) -> None:
+    """Run the exported policy with numpy alone, as a robot would, and log it as CSV."""
+    rng = np.random.default_rng(seed)
+    file = np.load(policy / "policy.npz", allow_pickle=False)
+    assert list(file["activations"]) == ["identity"]
+    A, B = np.array([[0.95, 0.2], [0.0, 0.85]]), np.array([[0.0], [0.6]])
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        state, rows = rng.normal(size=2), []
+        for t in range(20):
+            action = file["weight0"] @ state + file["bias0"] + 0.2 * rng.normal(size=1)
+            rows.append([t, *state, *action])
+            state = A @ state + B @ action + 0.1 * rng.normal(size=2)
+        np.savetxt(folder / f"{name}.csv", rows, "%.9f", ",", header="time,s1,s2,a1", comments="")
+
+
+def test_a_callable_improves_the_real_return_and_exports_the_policy(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "policy.std=0.2", "data.mode=callable", "data.callable=tune_world.collect", "tune.max_steps=3"]
+    code, out, err = run(capsys, [*words, "out=run", "--json"])
+    document = json.loads(out)
+    assert code == 0, err
+    history = document["history"]
+    kept = [record for record in history if record["accepted"]]
+    # the world differs from the model in A and B: moving B alone already raises the estimated return (by 10 % here)
+    assert kept[-1]["real_return"] > kept[0]["real_return"]
+    assert document["parameters"]["A"]["value"] == document["parameters"]["A"]["initial"]
+    assert document["parameters"]["B"]["value"] != document["parameters"]["B"]["initial"]
+    assert {file.name for file in Path("run/policy").iterdir()} >= {"policy.npz", "policy.pt2", "run_policy.py"}
+    gain = np.array(document["report"]["policy"]["gain"])
+    assert np.allclose(np.load("run/policy/policy.npz")["weight0"], -gain, rtol=0, atol=0)
+    html = Path("run/report.html").read_text()
+    assert "Real return" in html
+    assert read_parameters(Path("run")).kind == "tune"
+
+
+def test_a_growing_folder_waits_with_code_4_and_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "model.dt=1.0", "schema=schema.yaml", "data.mode=folder", "data.folder=new", "out=run",
+             "tune.max_steps=1", "reward=tune_world.reward"]  # fmt: skip
+    code, _, err = run(capsys, words)
+    assert code == 4
+    assert "put the logs into 'new'" in err
+    assert Path("run/policy/run_policy.py").exists()
+    assert run(capsys, words)[0] == 4  # nothing has arrived: it still waits
+    write_rollouts(Path("new"), Path("run/policy"), [f"first_{k}" for k in range(6)], 0)
+    code, _, err = run(capsys, words)
+    assert code == 4, err
+    write_rollouts(Path("new"), Path("run/policy"), [f"second_{k}" for k in range(6)], 1)
+    code, _, err = run(capsys, words)
+    assert code == 0, err
+    batches = json.loads(Path("run/batches.json").read_text())
+    assert batches == {"0": [f"first_{k}.csv" for k in range(6)], "1": [f"second_{k}.csv" for k in range(6)]}
+    before = Path("run/params.json").read_bytes()
+    assert run(capsys, words)[0] == 0
+    assert Path("run/params.json").read_bytes() == before
+
+
+def test_a_folder_with_logs_of_unknown_policies_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("new").mkdir()
+    Path("new/old.csv").write_text("time,s1,s2,a1\n0,0,0,0\n")
+    code, _, err = run(capsys, [*SMALL, "model.dt=1.0", "data.mode=folder", "data.folder=new", "schema=schema.yaml"])
+    assert code == 1
+    assert "before any policy was exported (first: old.csv)" in err
+
+
+def test_a_gymnasium_environment(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tune_world  # noqa: F401  (registers the environment)
+
+    words = [*SMALL, "data.mode=env", "data.env=TuneWorld-v0", "data.exploration=0.3", "data.rollouts=8"]
+    words += ["horizon=20", "tune.max_steps=1", "report=false", "policy.target=[0.1,0]"]
+    code, _, err = run(capsys, [*words, "out=a"])
+    assert code == 0, err
+    assert run(capsys, [*words, "out=b"])[0] == 0
+    assert Path("a/params.json").read_bytes() == Path("b/params.json").read_bytes()
+    policy = np.load("a/policy/policy.npz")
+    # the target is folded in: no action at the target
+    assert np.allclose(policy["weight0"] @ np.array([0.1, 0.0]) + policy["bias0"], 0.0, atol=1e-15)
+
+
+def test_an_mlp_policy_against_a_log(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, [*SMALL, "data.mode=callable", "data.callable=tune_world.collect", "policy.std=0.5",
+                                "tune.max_steps=0", "report=false", "out=first"])  # fmt: skip
+    assert code == 0, err
+    write_rollouts(Path("logs"), Path("first/policy"), [f"run_{k}" for k in range(8)], 2)
+    words = [*SMALL, "policy=mlp", "policy.hidden=[4]", "policy.target=[0.2,-0.1]", "tune.damping=1e-2", "log=logs",
+             "schema=schema.yaml", "tune.max_steps=1", "reward=tune_world.reward", "out=run"]  # fmt: skip
+    code, _, err = run(capsys, [word for word in words if word != "policy=linear"])
+    assert code == 0, err
+    exported = torch.export.load("run/policy/policy.pt2").module()
+    policy = read_parameters(Path("run")).report["policy"]
+    nu = {name: torch.tensor(value, dtype=torch.float64) for name, value in policy.items()}
+    state = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.tanh((state - torch.tensor([0.2, -0.1], dtype=torch.float64)) @ nu["0.weight"].T + nu["0.bias"])
+    # rounding of weights of about 5 with the target folded into the bias
+    assert torch.allclose(exported(state), hidden @ nu["2.weight"].T + nu["2.bias"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["data.mode=fodler"], 2, "did you mean 'folder'"),
+        (["data.mode=folder"], 2, "data.folder=PATH"),
+        (["data.mode=callable"], 2, "data.callable=package.function"),
+        (["data.mode=callable", "data.callable=tune_world.colect"], 2, "no such function"),
+        (["data.mode=env", "data.env=NoSuchEnv-v0"], 2, "data.env=NoSuchEnv-v0"),
+        (["data.mode=env"], 2, "data.env=ID"),
+        (["data.mode=log"], 2, "needs log="),
+        (["policy=quadratic"], 2, "there are linear, mlp"),
+        (["policy.gain=[[1,2,3]]"], 2, "policy.gain has shape [1, 3]"),
+        (["policy.target=[1]"], 2, "policy.target has 1 entries"),
+        (["free=[C]"], 2, "free: there is no 'C'"),
+        (["params=missing"], 1, "missing"),
+    ],
+)
+def test_named_errors(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    got, _, err = run(capsys, [*(word for word in SMALL if word != "policy=linear" or "policy=quadratic" not in words),
+                               *words, "out=run"])  # fmt: skip
+    assert got == code
+    assert message in err
+    assert "Traceback" not in err

@@ -14,9 +14,11 @@ $(STAMP): pyproject.toml constraints.txt setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash setup.sh
 	@touch $(STAMP)
 
-# the main job on the embedded bench rig; LOG=... SCHEMA=... MODEL=... fits your own log instead
+# The main job on the embedded bench rig: fit, table, tune, reports. A log of your own is fitted instead:
+#   make run LOG='runs/*.csv' SCHEMA=rig.yaml MODEL=double_pendulum ARGS="fit.zeros=per_run leave_out=[run_3]"
 run: $(STAMP)
-	$(EXPORTS) $(BIN)/python examples/bench_rig.py $(if $(LOG),--log $(LOG) --model $(MODEL) $(if $(SCHEMA),--schema $(SCHEMA)))
+	$(EXPORTS) $(BIN)/python examples/bench_rig.py $(if $(LOG),--log '$(LOG)') $(if $(SCHEMA),--schema '$(SCHEMA)') \
+		$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 test: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal --cov --cov-report=term:skip-covered

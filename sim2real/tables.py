@@ -22,7 +22,7 @@ def fit_tables(result: FitResult) -> list[Table]:
         parameters.add_row(row.name, number(row.value, 5), interval, row.unit, number(row.initial), prior, flags)
     tables = [parameters]
     if result.directions:
-        open_directions = _table("not fixed by the data (in units of each parameter's range)", ["direction"])
+        open_directions = _table("", ["not fixed by the data (in units of each parameter's range)"])
         for direction in result.directions:
             open_directions.add_row(describe_direction(direction))
         tables.append(open_directions)
@@ -71,7 +71,7 @@ def tune_tables(result: TuneResult) -> list[Table]:
 
 
 def _table(title: str, head: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, text in enumerate(head):
         right = text in ("value", "start", "tuned", "RMSE", "median", "calm RMSE", "first value held", "windows")
         table.add_column(text, justify="right" if right and index else "left")

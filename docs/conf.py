@@ -1,8 +1,12 @@
 """Sphinx configuration: the maths, the API from docstrings, and the examples as a gallery that is executed."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 from sphinx_gallery.sorting import FileNameSortKey
+
+sys.path.insert(0, str(Path(__file__).parent))  # for gallery_arguments
 
 project = "sim2real"
 author = "the sim2real authors"
@@ -10,7 +14,6 @@ release = version = installed_version("sim2real")
 
 extensions = [
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
@@ -20,7 +23,6 @@ exclude_patterns = ["_build"]
 html_theme = "alabaster"
 html_theme_options = {"description": "simulators tuned for the real return", "page_width": "1080px"}
 
-autosummary_generate = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 default_role = "code"
@@ -30,12 +32,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/(?!make_)\w+\.py$",
     "within_subsection_order": FileNameSortKey,
-    "reset_argv": "conf.quick_arguments",
+    "reset_argv": "gallery_arguments.quick",
     "abort_on_example_error": True,
     "show_memory": False,
 }
 
-
-def quick_arguments(gallery_conf: dict, script_vars: dict) -> list[str]:
-    """Every example runs with `--quick` when the gallery is built."""
-    return ["--quick"]

@@ -1,4 +1,8 @@
-"""Write the log of a pendulum bench rig, four CSV runs and their schema: two excited by a given torque, two swing-ups.
+"""The log of the bench rig
+========================
+
+Write the log of a pendulum bench rig, four CSV runs and their schema: two excited by a given torque, two swing-ups;
+and one Parquet log of 48 short balancing episodes under a hand-set gain.
 
     python examples/make_rig_log.py OUT --seed 0
 
@@ -12,7 +16,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from sim2real.log import RolloutLog, save_log
 from sim2real.simulators.bench_rig import Array, BenchRig, logged_rows, rig_rollout
 
 STEPS = 900  # control periods of 10 ms: 9 s a run
@@ -55,8 +61,33 @@ def swing_up(state: Array, time: float, rig: BenchRig) -> Array:
     return np.where(np.abs(error) < 0.35, -7.0 * (error - sway) - 1.0 * velocity, pump)
 
 
+def write_balance(file: Path, seed: int) -> None:
+    """Save 48 episodes of 1.2 s near upright under the gain (8 N m/rad, 1.5 N m s/rad) plus torques at random."""
+    episodes, steps = 48, 120
+    rng = np.random.default_rng(seed)
+    start = np.stack([np.pi + rng.uniform(-0.2, 0.2, episodes), np.zeros(episodes)], axis=1)
+    act = lambda s, k: -8.0 * (s[:, 0] - np.pi) - 1.5 * s[:, 1] + rng.normal(0.0, 0.15, episodes)
+    run = rig_rollout(act, seed=seed, steps=steps, episodes=episodes, initial=start)
+    log = RolloutLog(
+        signals=torch.from_numpy(run.states),
+        actions=torch.from_numpy(run.torques).unsqueeze(-1),
+        exogenous=None,
+        mask=torch.ones(episodes, steps, dtype=torch.bool),
+        dt=BenchRig().control_period,
+        names={
+            "signal": ("angle", "velocity"),
+            "action": ("torque",),
+            "exogenous": (),
+            "episode": tuple(f"balance_{i}" for i in range(episodes)),
+        },
+        units={"angle": "rad", "velocity": "rad/s", "torque": "N m"},
+        source="examples/make_rig_log.py",
+    )
+    save_log(log, file)
+
+
 def write_log(folder: Path, seed: int) -> list[Path]:
-    """Write `run_0.csv` ... `run_3.csv` and `schema.yaml`; return the files written."""
+    """Write `run_0.csv` ... `run_3.csv`, `schema.yaml` and `balance.parquet`; return the files written."""
     rig = BenchRig()
     rng = np.random.default_rng(seed)
     time = rig.control_period * np.arange(STEPS)
@@ -76,11 +107,13 @@ def write_log(folder: Path, seed: int) -> list[Path]:
         rows[:, 1] = np.rad2deg(rows[:, 1])
         files.append(folder / f"run_{run}.csv")
         np.savetxt(files[-1], rows, "%.6f", ",", header="time,angle_deg,torque_command", comments="")
+    files.append(folder / "balance.parquet")
+    write_balance(files[-1], seed)
     return files
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[3])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,4 +1,7 @@
-"""Tune the load model of a battery for profit, exactly: the cost falls from 0.657 to 0.635, the best there is.
+"""A battery, exactly
+==================
+
+Tune the load model of a battery for profit, exactly: the cost falls from 0.657 to 0.635, the best there is.
 
 A battery buys at 1.0, sells at 0.5 and pays dearly for running empty or over. Its net load is mostly a small surplus
 and in one step of five a large draw; the model knows only Gaussian loads. The best-fitting Gaussian (mean and standard
@@ -149,7 +152,7 @@ def main(settings: Settings, seed: int) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[3])
     parser.add_argument("--seed", type=int, default=0, help="of the random shift of the start, with --spread")
     parser.add_argument("--spread", type=float, default=0.0, help="relative size of that shift")
     parser.add_argument("--quick", action="store_true", help="one temperature, few steps, a coarse map")

@@ -1,4 +1,7 @@
-"""Tune a torch cart-pole for a MuJoCo rig with delay, play and stiction: balancing costs a quarter less or better.
+"""A cart-pole with delay, play and stiction
+=========================================
+
+Tune a torch cart-pole for a MuJoCo rig with delay, play and stiction: balancing costs a quarter less or better.
 
 The rig is identified with its pole hanging, where nothing can go wrong, and the fit is good. Yet the model knows no
 delay, so the controller that is optimal for the best-fitting model is too aggressive: on the rig it rings. No theta
@@ -169,7 +172,7 @@ def main(settings: Settings, seed: int) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two iterations of a few short episodes")
     parser.add_argument("--plot", help="write the figure to this file")

@@ -29,7 +29,7 @@ from sim2real.rollout import Rollout
 StateMap = Callable[[Tensor], Tensor]
 
 
-def lqr_policy(goal_state: Tensor, goal_action: Tensor) -> Policy:
+def lqr_policy(goal_state: Tensor, goal_action: Tensor | float = 0.0) -> Policy:
     """`a = goal_action [m] - K (s - goal_state [n])` with nu = {"gain": K [m, n]}, over all columns of s."""
     return deterministic_policy(lambda nu, state: goal_action - _apply(nu["gain"], state - goal_state))
 

@@ -62,7 +62,7 @@ def load_log(
     if dt is not None and not (math.isfinite(dt) and dt > 0):
         raise ValueError(f"dt must be a finite period above 0 s, got {dt}")
     found = _find_files(path)
-    if schema is None and found[0][0].suffix == ".parquet" and is_saved_log(found[0][0]):
+    if schema is None and all(file.suffix == ".parquet" and is_saved_log(file) for file, _ in found):
         if overrides or dt is not None:
             raise LogError("a saved log is read as it is; overrides and dt do not apply", file=found[0][0])
         saved = [read_saved_log(file) for file, _ in found]

@@ -62,11 +62,12 @@ def write_parameters(folder: Path, parameters: ParameterSet) -> None:
     write_atomic(folder / "params.json", text.encode() + b"\n")
 
 
-def read_parameters(path: Path) -> ParameterSet:
+def read_parameters(path: Path | str) -> ParameterSet:
     """Read and check a `params.json` (or the folder that holds one).
 
     Raises `ParameterFileError` for anything that is not such a file, `FileNotFoundError` when there is none.
     """
+    path = Path(path)
     path = path / "params.json" if path.is_dir() else path
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

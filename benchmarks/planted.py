@@ -60,6 +60,8 @@ class Planted:
     cases: tuple[Setting, ...]
     drive: float = 1.0
     """amplitude of the excitation, N m or as a share of the heating power"""
+    spread: bool = False
+    """whether every run is driven over the whole band of frequencies"""
     released_at: float = 0.0
     """rad, start angle of every joint"""
     functions: Callable[[Params], Tensor] | None = None
@@ -80,11 +82,13 @@ def coloured(batch: int, steps: int, dt: float, memory: float, generator: torch.
     return torch.stack(path, 1)
 
 
-def multisine(batch: int, steps: int, dt: float, generator: torch.Generator) -> Tensor:
-    """Six sines of 0.2 .. 2 Hz with random phases, rms 0.7, `[batch, steps]`."""
-    uniform = torch.rand(2, batch, 6, 1, generator=generator, dtype=torch.float64)
+def multisine(batch: int, steps: int, dt: float, generator: torch.Generator, *, spread: bool) -> Tensor:
+    """Six sines of 0.2 .. 2 Hz, random phases, rms 0.7, `[batch, steps]`; `spread`: one in each sixth of the band."""
+    share, phase = torch.rand(2, batch, 6, 1, generator=generator, dtype=torch.float64)
+    if spread:
+        share = (share + torch.arange(6).view(6, 1)) / 6
     time = torch.arange(steps, dtype=torch.float64) * dt
-    return torch.sin(2 * math.pi * ((0.2 + 1.8 * uniform[0]) * time + uniform[1])).sum(1) / math.sqrt(6)
+    return torch.sin(2 * math.pi * ((0.2 + 1.8 * share) * time + phase)).sum(1) / math.sqrt(6)
 
 
 def simulate(planted: Planted, state: Tensor, actions: Tensor, exogenous: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ def machine(planted: Planted, seeds: int, setting: Setting, generator: torch.Gen
     joints, steps = len(actions), round(setting.length / mdp.dt)
     draw = lambda source: torch.stack([source(j) for j in range(joints)], -1)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)[:joints]
-    torque = planted.drive * weights * draw(lambda j: multisine(seeds, steps, mdp.dt, generator))
+    torque = planted.drive * weights * draw(lambda j: multisine(seeds, steps, mdp.dt, generator, spread=planted.spread))
     disturbance = setting.disturbance * weights * draw(lambda j: coloured(seeds, steps, mdp.dt, MEMORY, generator))
     state = torch.zeros(seeds, len(states), dtype=torch.float64)
     state[:, :joints] = planted.released_at

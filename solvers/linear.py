@@ -159,13 +159,12 @@ def dense(
     columns = vmap(lambda e: apply(e.expand(rows, size)), out_dims=2)(basis)
     if not bool(torch.isfinite(columns).all()):
         raise ValueError("matvec returned values that are not finite; check the point the operator is taken at")
-    skew = float((columns - columns.mT).norm() / columns.norm().clamp_min(torch.finfo(rhs.dtype).tiny))
-    # products of an exactly symmetric A differ from symmetry by rounding only
-    symmetric = skew <= 1e3 * torch.finfo(rhs.dtype).eps * math.sqrt(size)
+    # products of an exactly symmetric A differ from symmetry by rounding only; each row of the batch has its own size
+    skew, scale = (columns - columns.mT).norm(dim=(1, 2)), columns.norm(dim=(1, 2))
+    symmetric = bool((skew <= 1e3 * torch.finfo(rhs.dtype).eps * math.sqrt(size) * scale).all())
     system = columns + damping * basis
     if symmetric:
-        system = 0.5 * (system + system.mT)
-        x, values, status = _solve_symmetric(system, rhs, damping)
+        x, values, status = _solve_symmetric(0.5 * (system + system.mT), rhs, damping)
     else:
         factors, pivots, failures = torch.linalg.lu_factor_ex(system)
         singular = bool((failures > 0).any())

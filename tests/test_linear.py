@@ -121,6 +121,14 @@ def test_dense_solves_unsymmetric_systems() -> None:
     assert solution.report.eigenvalues is None
 
 
+def test_dense_sees_an_unsymmetric_row_beside_a_huge_symmetric_one() -> None:
+    matrices = torch.tensor([[[1e14, 0.0], [0.0, 1e14]], [[1.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
+    b = {"x": torch.ones(2, 2, dtype=torch.float64)}
+    solution = dense(lambda v: {"x": (matrices @ v["x"].unsqueeze(-1)).squeeze(-1)}, b, batch_dims=1)
+    assert solution.report.converged
+    torch.testing.assert_close(solution.x["x"][1], torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
 def test_dense_says_that_an_unsymmetric_system_is_singular() -> None:
     A = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=torch.float64))
     A[0, 5] = 1.0

@@ -259,11 +259,13 @@ def _free_step(point: _Point, free: Tensor, fixed: Tensor, mu: float) -> Tensor:
         return fixed
     if point.matrix is None:
         masked = lambda u: {"u": torch.where(free, point.product(torch.where(free, u["u"], zero)), zero)}
-        return fixed + torch.where(free, cg(masked, {"u": right}, damping=mu, tol=1e-6).x["u"], zero)
+        solution = cg(masked, {"u": right}, damping=mu, tol=1e-6)
+        found = solution.x["u"] if bool(solution.x["u"].any()) else right / (mu + 1)
+        return fixed + torch.where(free, found, zero)
     index = free.nonzero().flatten()
     inner = point.matrix[index][:, index]
     factor, failed = torch.linalg.cholesky_ex(inner + mu * torch.eye(len(index)).to(inner))
-    if bool(failed):  # rounding made the model indefinite: a gradient step of the damped size still descends
+    if bool(failed):  # the model is not positive definite: a gradient step of the damped size still descends
         return fixed + right / (mu + 1)
     return fixed.index_put((index,), torch.cholesky_solve(right[index].unsqueeze(1), factor).squeeze(1))
 

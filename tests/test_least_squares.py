@@ -1,5 +1,7 @@
 """Levenberg-Marquardt against scipy.optimize.least_squares and closed forms."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,16 @@ def test_matrix_free_model_finds_the_same_optimum(bounded: bool) -> None:
     assert dense.report.converged
     assert free.report.converged
     torch.testing.assert_close(free.x, dense.x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("product", [lambda v: -2 * v, lambda v: 0 * v], ids=["negative", "none"])
+def test_a_product_without_positive_curvature_still_descends(product: Callable) -> None:
+    model = lambda x, _: QuadraticModel(2 * x, product, diagonal=torch.full_like(x, 2.0))
+    objective = Objective(lambda x: (x.square().sum(), None), model)
+    found = levenberg_marquardt(objective, torch.ones(2, dtype=torch.float64), low=-3.0, high=3.0)
+    # never "converged" away from the minimum
+    assert not found.report.converged or float(found.x.abs().max()) < 1e-6
+    assert float(found.value) < 0.1
 
 
 def test_matrix_free_model_needs_a_scale() -> None:

@@ -71,10 +71,7 @@ def logged_policy_gradient(
     means that the policy is unstable on the data, or too far from them for the features: do not trust the estimate.
     Raises `CriticError` when the data cannot identify the critic, `ValueError` for data that do not match.
     """
-    if not 0 < real_discount <= 1:
-        raise ValueError(f"real_discount must be in (0, 1], got {real_discount}")
-    if groups < 0 or groups == 1:
-        raise ValueError(f"groups must be 0 (no standard errors) or at least 2, got {groups}")
+    _check_options(real_discount, weights, method, ridge, groups)
     data = transitions(log, real_reward, terminal=terminal)
     fixed = {key: value.detach() for key, value in nu.items()}
     phi = scaled_features(features if features is not None else quadratic_features(data), data)
@@ -110,6 +107,19 @@ def logged_policy_gradient(
         info["stderr"] = jackknife_stderr(info["replicates"])
     grad = {key: part.to(nu[key].dtype) for key, part in unravel(gradient, fixed).items()}
     return Estimate(value=value.detach(), grad=grad, info={key: item.detach() for key, item in info.items()})
+
+
+def _check_options(real_discount: float, weights: str, method: str, ridge: float, groups: int) -> None:
+    if not 0 < real_discount <= 1:
+        raise ValueError(f"real_discount must be in (0, 1], got {real_discount}")
+    if weights not in ("ratio", "discounted"):
+        raise ValueError(f"weights must be 'ratio' or 'discounted', got {weights!r}")
+    if method not in ("auto", "pathwise", "score"):
+        raise ValueError(f"method must be 'auto', 'pathwise' or 'score', got {method!r}")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge must be finite and >= 0 (relative to the features), got {ridge}")
+    if groups < 0 or groups == 1:
+        raise ValueError(f"groups must be 0 (no standard errors) or at least 2, got {groups}")
 
 
 def _return_range(data: Transitions, real_discount: float) -> tuple[float, float]:

@@ -33,11 +33,11 @@ class Transitions:
     ended: Tensor
     """`[N]` bool"""
     step: Tensor
-    """`[N]` int64, time index inside the episode"""
+    """`[N]` int64, steps since the start of the episode"""
     episode: Tensor
     """`[N]` int64, 0..E-1, not decreasing"""
     initial_states: Tensor
-    """`[E, n]`, the first recorded state of each episode"""
+    """`[E, n]`, the first state of each episode"""
 
 
 def transitions(
@@ -46,13 +46,15 @@ def transitions(
     *,
     terminal: Callable[[Tensor], Tensor] | None = None,
 ) -> Transitions:
-    """Flatten rollouts; the states of a `RolloutLog` are its signals.
+    """Flatten rollouts; the states of a `RolloutLog` are its signals. `Transitions` are returned as they are.
 
     `real_reward` None takes the rewards recorded. `terminal` (s' `[N, n]` -> `[N]` bool) says which successors end the
-    task; without it a `Rollout` whose mask stops early has ended there, a `RolloutLog` was merely cut short.
+    task; without it a `Rollout` whose mask stops early has ended there, a `RolloutLog` was merely cut short. An episode
+    starts at its first step that is not masked.
     Raises `ValueError` for shapes that do not match, data that are not finite, no step or no reward at all.
     """
     if isinstance(log, Transitions):
+        _check_finite(log)
         return log
     if not isinstance(log, Rollout | RolloutLog):
         raise TypeError(f"real data come as a Rollout, RolloutLog or Transitions, got {type(log).__name__}")
@@ -74,19 +76,28 @@ def transitions(
         raise ValueError("the log carries no rewards; pass real_reward(state, action, next_state)")
     if rewards.shape != before.shape[:1]:
         raise ValueError(f"real_reward gave {tuple(rewards.shape)}, expected [{len(before)}], one per transition")
-    for name, value in (("states", before), ("next states", after), ("actions", actions), ("rewards", rewards)):
-        if not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(-1).nonzero()[0])
-            raise ValueError(f"{name} of the log are not finite (first at transition {bad}); clean or mask the log")
     if terminal is not None:
         ended = terminal(after)
     elif isinstance(log, Rollout):
-        ended = torch.cat([mask[:, :-1] & ~mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)[mask]
+        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+        ended = torch.cat([last[:, :-1], torch.zeros_like(mask[:, :1])], 1)[mask]
     else:
         ended = torch.zeros(len(before), dtype=torch.bool, device=states.device)
-    episode, step = mask.nonzero(as_tuple=True)
-    kept, episode = torch.unique_consecutive(episode, return_inverse=True)
-    return Transitions(before, actions, rewards, after, ended, step, episode, states[kept, 0])
+    row, step = mask.nonzero(as_tuple=True)
+    kept, episode = torch.unique_consecutive(row, return_inverse=True)
+    first = mask.int().argmax(1)
+    data = Transitions(before, actions, rewards, after, ended, step - first[row], episode, states[kept, first[kept]])
+    _check_finite(data)
+    return data
+
+
+def _check_finite(data: Transitions) -> None:
+    for name in ("states", "next_states", "actions", "rewards"):
+        wrong = ~torch.isfinite(getattr(data, name))
+        if bool(wrong.any()):
+            bad = int(wrong.reshape(len(wrong), -1).any(-1).nonzero()[0])
+            words = f"{name.replace('_', ' ')} of the log are not finite (first at transition {bad})"
+            raise ValueError(f"{words}; clean or mask the log")
 
 
 def merge_transitions(parts: Sequence[Transitions]) -> Transitions:

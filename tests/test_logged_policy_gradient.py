@@ -329,6 +329,16 @@ def test_flattening_keeps_order_and_marks_ends() -> None:
     assert chosen.ended.tolist() == [False, False, True]
 
 
+def test_masked_starts_and_holes_are_neither_starts_nor_ends() -> None:
+    states = torch.arange(12, dtype=torch.float64).reshape(1, 6, 2)
+    states[0, 0] = torch.nan  # before the recording
+    hole = torch.tensor([[False, True, False, True, False]])
+    data = transitions(Rollout(states, torch.ones(1, 5, 1), torch.ones(1, 5), mask=hole))
+    assert data.initial_states.tolist() == [[2, 3]]
+    assert data.step.tolist() == [0, 2]
+    assert data.ended.tolist() == [False, True]
+
+
 def test_a_log_that_stops_was_cut_short() -> None:
     log = RolloutLog(
         signals=small_log().states,
@@ -366,9 +376,14 @@ def test_merging_renumbers_episodes() -> None:
         (small_log(actions=torch.full((2, 2, 1), torch.nan)), None, "actions of the log are not finite .first at tra"),
         (small_log(), lambda s, a, following: a[:, 0] / 0.0, "rewards of the log are not finite"),
         (small_log(mask=torch.zeros(2, 2, dtype=torch.bool)), None, "no real step"),
+        (
+            replace(transitions(small_log()), rewards=torch.full((4,), torch.nan)),
+            None,
+            "rewards of the log are not fin",
+        ),
     ],
 )
-def test_bad_logs_are_named(log: Rollout, real_reward: object, words: str) -> None:
+def test_bad_logs_are_named(log: Rollout | Transitions, real_reward: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         transitions(log, real_reward)
 
@@ -395,6 +410,9 @@ def test_actions_that_follow_the_state_identify_no_critic() -> None:
     [
         ({"real_discount": 1.2}, ValueError, "real_discount"),
         ({"groups": 1}, ValueError, "groups"),
+        ({"weights": "ratios"}, ValueError, "weights must be 'ratio' or 'discounted', got 'ratios'"),
+        ({"method": "path"}, ValueError, "method must be 'auto', 'pathwise' or 'score', got 'path'"),
+        ({"ridge": -1.0}, ValueError, "ridge"),
         ({"real_discount": 1.0}, CriticError, "singular with real_discount"),
         ({"features": lambda s, a: s.sum(-1)}, ValueError, "expected .N, q."),
         ({"features": lambda s, a: torch.cat([s, 0 * a], -1)}, CriticError, "features .2. are zero"),

@@ -117,12 +117,12 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     from sim2real.tables import evaluation_tables, fit_tables, tune_tables
     from sim2real.tune_command import tune_command
 
-    command: Callable[..., Any]
-    command, tables = {
+    jobs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "fit": (fit_command, fit_tables),
         "evaluate": (evaluate_command, evaluation_tables),
         "tune": (tune_command, tune_tables),
-    }[options.command]
+    }
+    command, tables = jobs[options.command]
     config = compose_config(options.command, words)
     torch.set_num_threads(config.threads)
     with _progress(options.command) as progress, _short_warnings():

@@ -58,7 +58,7 @@ def fit_command(config: FitConfig, words: Sequence[str], progress: Progress) -> 
     with open_workspace(Path(config.out), identity("fit", config, log), resume=config.resume) as workspace:
         result = _run_fit(workspace, mdp, log, theta, settings, progress)
         episodes = [name for name in log.names["episode"] if name not in settings.leave_out]
-        parameters = _fit_parameters(result, spec, log, episodes, provenance("fit", config, words, log))
+        parameters = _fit_parameters(result, mdp, spec, log, episodes, provenance("fit", config, words, log))
         write_parameters(workspace.folder, parameters)
         if config.report:
             html = fit_report(result, parameters, spec["_target_"].rpartition(".")[2])
@@ -257,11 +257,15 @@ def _run_fit(
 
 
 def _fit_parameters(
-    result: FitResult, spec: dict[str, Any], log: RolloutLog, episodes: Sequence[str], origin: dict[str, Any]
+    result: FitResult,
+    mdp: ModelMDP,
+    spec: dict[str, Any],
+    log: RolloutLog,
+    episodes: Sequence[str],
+    origin: dict[str, Any],
 ) -> ParameterSet:
-    units = {row.name: row.unit for row in result.rows}
     rows: dict[str, dict[str, Any]] = {
-        name: {"value": value.tolist(), "unit": units.get(name, ""), "fitted": False}
+        name: {"value": value.tolist(), "unit": mdp.box.unit.get(name, ""), "fitted": False}
         for name, value in result.theta.items()
     }
     for row in result.rows:

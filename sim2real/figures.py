@@ -22,7 +22,7 @@ from sim2real.evaluation import Evaluation
 from sim2real.fit import FitResult
 
 BLACK, BLUE, ORANGE, RED, GREY, GREEN = "#222222", "#0072B2", "#E69F00", "#D55E00", "#8A8F98", "#009E73"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
@@ -38,8 +38,6 @@ _STYLE = {
     "svg.fonttype": "path",
     "figure.dpi": 100,
 }
-_INSIDE = 4
-"""windows in the close-up"""
 
 
 def draw(paint: Any, rows: int = 1, columns: int = 1, *, size: tuple[float, float], share: str = "none") -> str:
@@ -143,7 +141,7 @@ def _frame_measured(ax: Axes, measured: np.ndarray, *, room: float = 0.6) -> Non
 def window_figure(fitted: Evaluation, initial: Evaluation) -> str:
     """Close-ups: the windows at the 10 %, 50 % and 90 % quantile of the fitted error, and the worst."""
     order = fitted.errors.nan_to_num(math.inf).argsort()
-    places = [round(share * (len(order) - 1)) for share in (0.1, 0.5, 0.9, 1.0)][:_INSIDE]
+    places = [round(share * (len(order) - 1)) for share in (0.1, 0.5, 0.9, 1.0)]
     chosen = [int(order[place]) for place in places]
     titles = ("better than 90 %", "median", "worse than 90 %", "worst")
 
@@ -175,7 +173,7 @@ def residual_figure(fitted: Evaluation, initial: Evaluation) -> str:
             inside = values[np.isfinite(values)]
             left.hist(inside, bins, density=True, color=color, alpha=0.55, label=name)
             time = part.rows.numpy() * part.dt
-            right.plot(time, _rms_per_row(values), color=color, marker="o", ms=2.5, label=name)
+            right.plot(time, _rms_per_row(values), color=color, marker="o" if len(time) < 40 else "", ms=3, label=name)
         left.set_xlabel(f"model - measured [{fitted.unit}] (central 98 %)")
         left.set_ylabel(f"density [1/{fitted.unit}]")
         right.set_xlabel("time since the start of the window [s]")
@@ -218,7 +216,7 @@ def growth_figure(fitted: Evaluation, initial: Evaluation, *, max_growth: float 
 
 def correlation_figure(names: Sequence[str], correlation: Tensor) -> str:
     """Correlation of the estimates; numbers written in while they are few."""
-    size = min(2.2 + 0.42 * len(names), 9.0)
+    size = 2.0 + (0.42 if len(names) <= 12 else 0.3) * len(names)
 
     def paint(axes: Any) -> None:
         ax = axes[0, 0]
@@ -298,7 +296,7 @@ def run_figure(fitted: Evaluation, initial: Evaluation) -> str:
         ax.invert_yaxis()
         ax.margins(x=0.1)
         ax.set_xlabel(f"RMSE [{fitted.unit}]")
-        ax.legend(loc="best")
+        legend_above(ax)
 
     return draw(paint, size=(8.0, 1.2 + 0.55 * len(fitted.runs)))
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
 from torch import Tensor, nn
 
@@ -29,22 +27,16 @@ from sim2real.commands import (
 )
 from sim2real.conf import LinearPolicy, TuneConfig
 from sim2real.conf.compose import UsageError, resolve_function
-from sim2real.gym import record_rollout
-from sim2real.log import RolloutLog, load_log
-from sim2real.log_formats import READERS
+from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, sample_noise
 from sim2real.parameter_file import ParameterSet, finite_json, read_parameters, write_parameters
 from sim2real.params import Params
 from sim2real.policy import Policy, linear_policy, module_policy
 from sim2real.policy_export import export_policy
+from sim2real.real_rollouts import check_signals, environment, growing_folder
 from sim2real.report import tune_report
-from sim2real.rollout import Rollout
 from sim2real.tuning import Collect, RealReward, TuneResult, TuneSettings, tune
 from sim2real.workspace import Workspace, open_workspace, save_snapshot, write_log_line
-
-
-class DataError(ValueError):
-    """Real rollouts cannot be used, or there is no source of them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def _task(config: TuneConfig) -> Task:
     check_names("free", config.free, tuple(theta))
     states = mdp.names.get("state", ())
     if log is not None:
-        _check_signals(log, states)
+        check_signals(log, states)
     target = torch.tensor(config.policy.target or [0.0] * len(states), dtype=torch.float64)
     if target.shape != (len(states),):
         raise UsageError(f"policy.target has {len(target)} entries, the state has {len(states)}: {states}")
@@ -101,14 +93,6 @@ def _task(config: TuneConfig) -> Task:
     mdp, reward = _task_reward(config, mdp, theta)
     free = tuple(config.free or theta)
     return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given)
-
-
-def _check_signals(log: RolloutLog, states: Sequence[str]) -> None:
-    if tuple(log.names["signal"]) != tuple(states):
-        raise DataError(
-            f"'{log.source}' has the signals {log.names['signal']}, the policy needs the model's states {states}: "
-            f"name and derive them in the schema"
-        )
 
 
 def _policy(config: TuneConfig, n: int, m: int) -> tuple[Policy, Params, nn.Module | None]:
@@ -205,77 +189,23 @@ def _collect(config: TuneConfig, task: Task, workspace: Workspace) -> Collect | 
             raise UsageError("data.mode=callable needs data.callable=package.function")
         return resolve_function(data.callable, "data.callable")
     if data.mode == "env":
-        return _environment(config, task)
+        return environment(config, task.mdp)
     if data.mode == "folder":
-        return _growing_folder(config, task, workspace)
+        return growing_folder(config, task.mdp, workspace.folder)
     if task.log is None:
         raise UsageError("data.mode=log needs log=...; or choose data.mode=folder, callable or env")
     return None
 
 
-def _environment(config: TuneConfig, task: Task) -> Collect:
-    """Rollouts of a Gymnasium environment, seeded by iteration so that a resumed run sees the same ones."""
-    if config.data.env is None:
-        raise UsageError("data.mode=env needs data.env=ID")
-    try:
-        env = gymnasium.make(config.data.env)
-    except gymnasium.error.Error as error:
-        raise UsageError(f"data.env={config.data.env}: {error}") from error
-    steps = max(1, round(config.horizon / task.mdp.dt))
-
-    def collect(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
-        def act(state: Tensor) -> Tensor:
-            e = torch.randn(1, policy.noise_dim, dtype=torch.float64, generator=generator)
-            action = policy.act(nu, state, e)
-            return action + config.data.exploration * torch.randn(
-                action.shape, dtype=torch.float64, generator=generator
-            )
-
-        seed = config.seed + 1 + iteration * config.data.rollouts
-        return record_rollout(env, act, episodes=config.data.rollouts, max_steps=steps, seed=seed)
-
-    return collect
-
-
-def _growing_folder(config: TuneConfig, task: Task, workspace: Workspace) -> Collect:
-    """New files of `data.folder` are rollouts of the policy exported last; which were used when is kept on disk."""
-    if config.data.folder is None:
-        raise UsageError("data.mode=folder needs data.folder=PATH, where new rollouts arrive")
-    arrivals, record = Path(config.data.folder), workspace.folder / "batches.json"
-    arrivals.mkdir(parents=True, exist_ok=True)
-
-    def collect(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> RolloutLog | None:
-        batches: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}
-        used = {name for names in batches.values() for name in names}
-        found = sorted(f.name for f in arrivals.iterdir() if f.suffix.lower() in READERS and f.name not in used)
-        if not record.exists():
-            if found:
-                raise DataError(
-                    f"'{arrivals}' holds {len(found)} logs before any policy was exported (first: {found[0]}); "
-                    f"pass them as log=... and let data.folder be an empty folder"
-                )
-            write_atomic(record, b"{}")
-        names = batches.get(str(iteration), found)
-        if not names:
-            return None
-        log = load_log([arrivals / name for name in names], config.schema, overrides=config.columns, dt=task.mdp.dt)
-        _check_signals(log, task.mdp.names.get("state", ()))
-        write_atomic(record, json.dumps({**batches, str(iteration): names}).encode())
-        return log
-
-    return collect
-
-
 def _gaussian(given: ParameterSet | None, free: Sequence[str]) -> tuple[Params, Tensor] | None:
     """Mean and precision of the fit's estimate over `free`; None without a fit. What it left open weighs nothing."""
     kept = {} if given is None else given.report.get("covariance", {})
-    if given is None or not kept:
+    known = [k for k, name in enumerate(free) if name in kept.get("names", ())]
+    if given is None or not known:
         return None
-    places = [kept["names"].index(name) if name in kept["names"] else None for name in free]
     full = torch.tensor([[0.0 if v is None else v for v in row] for row in kept["matrix"]], dtype=torch.float64)
     precision = torch.zeros(len(free), len(free), dtype=torch.float64)
-    known = [k for k, place in enumerate(places) if place is not None]
-    chosen = torch.tensor([places[k] for k in known])
+    chosen = torch.tensor([kept["names"].index(free[k]) for k in known])
     inverse = torch.linalg.pinv(full[chosen][:, chosen], hermitian=True, rtol=1e-12)
     precision[torch.tensor(known).unsqueeze(1), torch.tensor(known)] = inverse
     mean = {name: torch.tensor(given.parameters[name]["value"], dtype=torch.float64) for name in free}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sim2real.cli import main
-from sim2real.parameter_file import read_parameters
+from sim2real.parameter_file import ParameterSet, read_parameters
+from sim2real.tune_command import _gaussian
 
 WORLD = """
 import gymnasium, torch
@@ -155,6 +156,31 @@ def test_an_mlp_policy_against_a_log(place: Path, capsys: pytest.CaptureFixture[
     hidden = torch.tanh((state - torch.tensor([0.2, -0.1], dtype=torch.float64)) @ nu["0.weight"].T + nu["0.bias"])
     # rounding of weights of about 5 with the target folded into the bias
     assert torch.allclose(exported(state), hidden @ nu["2.weight"].T + nu["2.bias"], rtol=1e-12, atol=1e-12)
+
+
+def test_a_fit_becomes_a_gaussian_over_the_free_parameters() -> None:
+    rows = {name: {"value": value} for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    covariance = {"names": ["b", "delay", "a"], "matrix": [[4.0, 0.0, 1.0], [0.0, 9.0, None], [1.0, None, 2.0]]}
+    fitted = ParameterSet("fit", {"_target_": "m"}, rows, {}, {"covariance": covariance})
+    likelihood = _gaussian(fitted, ("a", "b", "c"))
+    assert likelihood is not None
+    # the inverse of [[2, 1], [1, 4]]; c was held in the fit, so the log says nothing of it
+    inverse = torch.tensor([[4.0, -1.0, 0.0], [-1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64) / 7
+    assert torch.allclose(likelihood[1], inverse, rtol=1e-14, atol=1e-15)
+    assert {name: float(value) for name, value in likelihood[0].items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert _gaussian(fitted, ("c",)) is None
+    assert _gaussian(None, ("a",)) is None
+
+
+def test_parameters_of_another_model_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "policy.std=0.2", "data.mode=callable", "data.callable=tune_world.collect", "tune.max_steps=1"]
+    assert run(capsys, [*words, "free=[]", "tune.max_steps=0", "report=false", "out=first"])[0] == 0
+    document = json.loads(Path("first/params.json").read_text())
+    document["parameters"] = {"gain": {"value": 1.0}}
+    Path("first/params.json").write_text(json.dumps(document))
+    code, _, err = run(capsys, [*words, "params=first", "model._target_=tune_world.model", "out=second"])
+    assert code == 2
+    assert "params: the model has no parameter 'gain'" in err
 
 
 @pytest.mark.parametrize(

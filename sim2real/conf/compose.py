@@ -74,7 +74,7 @@ def compose_config(command: str, words: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize(version_base=None, config_path=None):
-            result = OmegaConf.to_object(compose(command, overrides=overrides))
+            result: Any = OmegaConf.to_object(compose(command, overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_reason(error)) from error
     result.columns = [*result.columns, *columns]

@@ -54,17 +54,19 @@ def policy_sensitivity(
 ) -> Sensitivity:
     """dnu*/dtheta at a maximiser nu of the scalar `J(theta, nu)`; computed in float64, returned in the input's dtype.
 
-    `report` belongs to one solve done here: for `cotangent` when given (vjp(cotangent) then costs nothing more), else
-    for a fixed pseudo-random right-hand side. Its `converged` asks for a converged solve without negative curvature and
-    for a stationary nu: `|grad_nu J| <= stationarity_tol * lambda * max(1, |nu|)`, lambda the largest curvature met.
-    Where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`; so does each product.
-    `report.error_bound` estimates the error the linear residual leaves in vjp(cotangent): `|C| |r| / mu`, mu the lowest
-    Ritz value plus damping (an estimate: Ritz values bound the spectrum from inside). `damping` has the units of H;
-    choose it above `-report.negative_curvature`.
+    `report` belongs to one solve done here: for `cotangent` when given and not zero (vjp(cotangent) then costs nothing
+    more), else for a fixed pseudo-random right-hand side. Its `converged` asks for a converged solve without negative
+    curvature and for a stationary nu: `|grad_nu J| <= stationarity_tol * lambda * max(1, |nu|)`, lambda the largest
+    curvature met. Where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`; so does
+    each product. `report.error_bound` estimates the error the linear residual leaves in vjp(cotangent): `|C| |r| / mu`,
+    mu the lowest Ritz value plus damping (an estimate: Ritz values bound the spectrum from inside). `damping` has the
+    units of H; choose it above `-report.negative_curvature`. What J closes over gets no derivative: theta holds all
+    that should.
 
     `derivative_order` is the one of the model behind J (`mdp.derivative_order`): 2 exact products; 1 central
     differences of exact gradients, whose relative error of about 1e-9 limits the residual a solve can reach; 0 raises
-    `ValueError`.
+    `ValueError`, as do a J that is not a scalar or has no derivative, gradients that are not finite and wrong shapes;
+    other keys raise `KeyError`.
     """
     if derivative_order == 0:
         raise ValueError("J has no derivative (derivative_order 0): a sensitivity needs first derivatives at least")
@@ -76,25 +78,29 @@ def policy_sensitivity(
 
     def solved(b: Params) -> LinearSolution:
         solution: LinearSolution = solve(parts.curvature, b, damping=damping)
-        return LinearSolution(solution.x, _with_stationarity(solution.report, parts, nu64, stationarity_tol))
+        return LinearSolution(solution.x, _with_stationarity(solution, b, parts, nu64, stationarity_tol))
 
-    def checked(b: Params) -> Params:
-        solution = solved(b)
+    def checked(rhs: Params) -> Params:
+        if all(torch.equal(rhs[key], b[key]) for key in b):
+            return first.x
+        if not any(bool(value.any()) for value in rhs.values()):
+            return rhs
+        solution = solved(rhs)
         _demand(solution.report, strict)
         return solution.x
 
     def vjp(g: Params) -> Params:
-        check_same_keys(nu, g, "the cotangent of vjp")
-        x = first.x if g is cotangent else checked(_double(g))
-        return _like(parts.cross_transposed(x), theta)
+        _check_like(nu, g, "the cotangent of vjp")
+        return _like(parts.cross_transposed(checked(_double(g))), theta)
 
     def jvp(v: Params) -> Params:
-        check_same_keys(theta, v, "the tangent of jvp")
+        _check_like(theta, v, "the tangent of jvp")
         return _like(checked(parts.cross(_double(v))), nu)
 
     if cotangent is not None:
-        check_same_keys(nu, cotangent, "cotangent")
-    b = _double(cotangent) if cotangent is not None else _probe(nu64)
+        _check_like(nu, cotangent, "cotangent")
+    given = cotangent is not None and any(bool(value.any()) for value in cotangent.values())
+    b = _double(cotangent) if cotangent is not None and given else _probe(nu64)
     first = solved(b)
     _demand(first.report, strict)
     bound = _error_bound(first.report, _norm(b), parts, nu64)
@@ -102,7 +108,14 @@ def policy_sensitivity(
 
 
 def _double(params: Params) -> Params:
-    return {key: value.detach().double() for key, value in params.items()}
+    return {key: value.detach().double().clone() for key, value in params.items()}
+
+
+def _check_like(reference: Params, other: Params, what: str) -> None:
+    check_same_keys(reference, other, what)
+    for key, value in reference.items():
+        if other[key].shape != value.shape:
+            raise ValueError(f"{what} has shape {tuple(other[key].shape)} for '{key}', expected {tuple(value.shape)}")
 
 
 def _like(params: Params, like: Params) -> Params:
@@ -126,10 +139,12 @@ def _demand(report: SolveReport, strict: bool) -> None:
         warnings.warn(message, UnconvergedWarning, stacklevel=4)
 
 
-def _with_stationarity(report: SolveReport, parts: _SecondOrder, nu: Params, tol: float) -> SolveReport:
+def _with_stationarity(solution: LinearSolution, b: Params, parts: _SecondOrder, nu: Params, tol: float) -> SolveReport:
     """The report with the stationarity, and with the reasons why it may not count as converged."""
-    size = _norm(parts.gradient)
-    largest = max(abs(value) for value in report.eigenvalues) if report.eigenvalues else 0.0
+    report, size = solution.report, _norm(parts.gradient)
+    # a solver that tells no eigenvalues has met the curvature |b| / |x| at least
+    least = _norm(b) / max(_norm(solution.x), 1e-300)
+    largest = max(abs(value) for value in report.eigenvalues) if report.eigenvalues else least
     allowed, status = tol * largest * max(1.0, _norm(nu)), report.status
     stationary = size <= allowed
     if not stationary:

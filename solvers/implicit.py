@@ -84,7 +84,8 @@ def implicit_root(
 ) -> Layer:
     """The layer `(theta, nu0) -> nu` with `nu = solver(theta, nu0)`, differentiated through `residual(theta, nu) = 0`.
 
-    It computes in float64 and returns the dtype of nu0; nu0 gets no gradient. The solver may do anything: it sees plain
+    It computes in float64 and returns the dtype of nu0; nu0 gets no gradient, nor does what `residual` closes over: all
+    that is differentiated belongs in theta. The solver may do anything: it sees plain
     tensors, and under vmap one row at a time. Its answer is checked: `|F| > tol * (|F_nu F| / |F|) * max(1, |nu|)`
     warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`; so does an unconverged linear solve of a
     derivative. Raises `KeyError` or `ValueError` when solver or residual return other keys, shapes or NaN.

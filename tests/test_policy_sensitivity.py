@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.oracles.lqr import gain_jvp, optimal_gain, random_system
 from benchmarks.sensitivity import jacobian_error, jvp_error, problem, vjp_error
 from sim2real import (
+    LinearSolution,
     Params,
     UnconvergedError,
     UnconvergedWarning,
@@ -64,8 +66,8 @@ def test_products_equal_bellman_by_scipy(n: int, m: int, seed: int, solve: Calla
     np.testing.assert_allclose(pushed, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     pulled = sensitivity.vjp(g)
     assert float(dot(pulled, v)) == pytest.approx(float((g["gain"] * torch.tensor(expected)).sum()), rel=1e-9)
-    again = {key: value.clone() for key, value in g.items()}  # solved anew, where the report's solve was reused
-    for key, value in sensitivity.vjp(again).items():
+    # solved anew, where the report's solve was reused
+    for key, value in policy_sensitivity(lqr_return, theta, nu, solve=solve, strict=True).vjp(g).items():
         torch.testing.assert_close(value, pulled[key], rtol=1e-10, atol=1e-12)
     assert sensitivity.report.converged
     assert sensitivity.report.stationarity is not None
@@ -213,6 +215,40 @@ def test_a_point_that_is_not_stationary_warns_or_raises() -> None:
         policy_sensitivity(J, theta, nu0, strict=True)
 
 
+def test_a_cotangent_changed_in_place_is_solved_for_anew() -> None:
+    J = lambda theta, nu: -((nu["x"] - theta["t"] ** 2) ** 2).sum()
+    theta, nu, g = {"t": torch.tensor([2.0, 3.0])}, {"x": torch.tensor([4.0, 9.0])}, {"x": torch.ones(2).double()}
+    sensitivity = policy_sensitivity(J, theta, nu, cotangent=g)
+    g["x"].mul_(2)
+    torch.testing.assert_close(sensitivity.vjp(g)["t"], torch.tensor([8.0, 12.0]))  # 2 * 2 t
+
+
+def test_zero_directions_have_zero_products_and_say_nothing_of_stationarity() -> None:
+    J = lambda theta, nu: -((nu["x"] - theta["t"] ** 2) ** 2).sum() + theta["idle"]
+    theta = {"t": torch.tensor([2.0, 3.0]).double(), "idle": torch.ones(()).double()}
+    nu = {"x": torch.tensor([4.0, 9.0]).double() + 1e-9}  # stationary within the tolerance, not to the bit
+    none, idle = {"x": torch.zeros(2).double()}, {"t": torch.zeros(2).double(), "idle": torch.ones(()).double()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnconvergedWarning)
+        sensitivity = policy_sensitivity(J, theta, nu, cotangent=none, strict=True)
+        assert sensitivity.vjp(none)["t"].tolist() == [0.0, 0.0]
+        assert sensitivity.jvp(idle)["x"].tolist() == [0.0, 0.0]
+
+
+def test_a_solver_that_tells_no_eigenvalues_is_taken() -> None:
+    def plain(matvec: Callable, b: Params, **options: float) -> LinearSolution:
+        solution = cg(matvec, b, **options)
+        return LinearSolution(solution.x, replace(solution.report, eigenvalues=None))
+
+    theta, nu, g = system(4, 2, 2), optimum(4, 2, 2), draw(optimum(4, 2, 2), 1)
+    off = {"gain": nu["gain"] + 1e-9}
+    exact = policy_sensitivity(lqr_return, theta, nu, solve=exact_cg).vjp(g)
+    for key, value in policy_sensitivity(lqr_return, theta, off, solve=plain, strict=True).vjp(g).items():
+        torch.testing.assert_close(value, exact[key], rtol=1e-6, atol=1e-6)
+    with pytest.warns(UnconvergedWarning, match="not stationary"):
+        policy_sensitivity(lqr_return, theta, {"gain": 0.9 * nu["gain"]}, solve=plain)
+
+
 def test_every_unconverged_product_warns_or_raises() -> None:
     J, theta, nu0 = rolled()
     nu = policy_optimum(J, theta, nu0).nu
@@ -252,6 +288,10 @@ def test_dtype_of_the_inputs_is_returned_and_keys_are_checked() -> None:
         sensitivity.jvp({"y": torch.ones(2)})
     with pytest.raises(KeyError, match="cotangent"):
         policy_sensitivity(J, theta, nu, cotangent={"y": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"cotangent of vjp has shape \(1, 2\) for 'x', expected \(2,\)"):
+        sensitivity.vjp({"x": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match=r"tangent of jvp has shape \(\)"):
+        sensitivity.jvp({"t": torch.ones(())})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sim2real.estimators.pathwise import check_wrt
+from sim2real.estimators.pathwise import check_finite, check_wrt
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Estimate, Params, ravel, unravel
 from sim2real.policy import Policy
@@ -32,8 +32,8 @@ def finite_difference_gradient(
     """Gradient of `expected_return` with respect to nu or theta; the model may be a black box.
 
     `step` is relative to `max(1, |x_i|)`. info: "error" `[P]`, `|D(h/2) - D(h)|` per entry, an upper estimate of the
-    truncation error of a smooth return. Raises `ValueError` for a step out of range and for parameters in less than
-    float64, where differences drown in rounding.
+    truncation error of a smooth return. Raises `ValueError` for a step out of range, for parameters in less than
+    float64, where differences drown in rounding, and when the return or a difference is not finite.
     """
     check_wrt(wrt)
     if not 0 < step < 1:
@@ -52,6 +52,7 @@ def finite_difference_gradient(
         coarse, fine = _central(value, x, step), _central(value, x, 0.5 * step)
         center = value(x)
     grad = (4.0 * fine - coarse) / 3.0
+    check_finite(center, grad, wrt)
     return Estimate(center, unravel(grad, moved), {"error": (fine - coarse).abs()})
 
 

@@ -11,6 +11,7 @@ on the parameters, or a sampled index, this gradient lacks that part.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Literal
 
 import torch
@@ -34,9 +35,10 @@ def pathwise_gradient(
 ) -> Estimate:
     """Gradient of `expected_return` with respect to nu or theta, over the rollouts of `noise`.
 
-    info: "value_stderr"; with `groups >= 2` also "stderr" `[P]` of the raveled gradient, from the spread over so many
-    groups of rollouts, at one backward pass each. Raises `ValueError` when the model declares no derivative, the return
-    does not depend on the parameters by differentiable steps, or `wrt` or `groups` is out of range.
+    info: "value_stderr" (infinite for one rollout); with `groups >= 2` also "stderr" `[P]` of the raveled gradient,
+    from the spread over so many groups of rollouts, at one backward pass each. Raises `ValueError` when the model
+    declares no derivative, the return does not depend on the parameters by differentiable steps, it or its gradient is
+    not finite, or `wrt` or `groups` is out of range.
     """
     check_wrt(wrt)
     if mdp.derivative_order < 1:
@@ -48,11 +50,24 @@ def pathwise_gradient(
     if not returns.requires_grad:
         raise ValueError(f"the return does not depend differentiably on {wrt}; use score_function_gradient")
     grad, info = grouped_gradient(returns, leaves, groups)
-    info["value_stderr"] = returns.detach().std() / len(returns) ** 0.5
-    return Estimate(returns.detach().mean(), grad, info)
+    returns = returns.detach()
+    check_finite(returns.mean(), ravel(grad), wrt)
+    info["value_stderr"] = returns.std() / len(returns) ** 0.5 if len(returns) > 1 else torch.full_like(returns[0], inf)
+    return Estimate(returns.mean(), grad, info)
+
+
+def check_finite(value: Tensor, gradient: Tensor, wrt: str) -> None:
+    """Raise `ValueError` when the return or its gradient (raveled) is not finite."""
+    wrong = (~torch.isfinite(gradient)).nonzero().flatten().tolist()
+    if wrong or not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"the return is {float(value)} and {len(wrong)} of {len(gradient)} entries of its gradient in {wrt} are "
+            "not finite; check the parameters, start from a stable policy or shorten the horizon"
+        )
 
 
 def check_wrt(wrt: str) -> None:
+    """Raise `ValueError` unless `wrt` is "nu" or "theta"."""
     if wrt not in ("nu", "theta"):
         raise ValueError(f"wrt must be 'nu' or 'theta', got {wrt!r}")
 

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sim2real.estimators.pathwise import check_wrt, grouped_gradient
+from sim2real.estimators.pathwise import check_finite, check_wrt, grouped_gradient
 from sim2real.mdp import ModelMDP, Noise
-from sim2real.params import Estimate, Params
+from sim2real.params import Estimate, Params, ravel
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout, rollout
 
@@ -38,7 +38,7 @@ def score_function_gradient(
 
     info: "value_stderr"; with `groups >= 2` also "stderr" `[P]` of the raveled gradient, from the spread over so many
     groups of rollouts. Raises `ValueError` when the policy (nu) or the model (theta) has no log_prob, there are fewer
-    than two rollouts, or `wrt` or `groups` is out of range.
+    than two rollouts, the return or its gradient is not finite, or `wrt` or `groups` is out of range.
     """
     check_wrt(wrt)
     with torch.no_grad():
@@ -52,6 +52,7 @@ def score_function_gradient(
             surrogate = _model_surrogate(mdp, policy, leaves, nu, noise, drawn, weights)
     grad, info = grouped_gradient(surrogate, leaves, groups)
     returns = rewards.sum(1)
+    check_finite(returns.mean(), ravel(grad), wrt)
     info["value_stderr"] = returns.std() / len(returns) ** 0.5
     return Estimate(returns.mean(), grad, info)
 

@@ -62,8 +62,8 @@ def module_policy(module: nn.Module, *, std: float = 0.0) -> Policy:
 
 
 def _fixed_std(mean: Callable[[Params, Tensor], Tensor], std: float, action_dim: int) -> Policy:
-    if std < 0:
-        raise ValueError(f"std must be >= 0 (action units), got {std}")
+    if not 0.0 <= std < math.inf:
+        raise ValueError(f"std must be >= 0 and finite (action units), got {std}")
     if std == 0.0:
         return deterministic_policy(mean)
 

@@ -210,6 +210,7 @@ def test_boltzmann_policy_samples_its_own_distribution() -> None:
     ("build", "message"),
     [
         (lambda: linear_policy(1, std=-1.0), "std must be >= 0"),
+        (lambda: linear_policy(1, std=float("nan")), "std must be >= 0"),
         (lambda: gaussian_policy(nn.Linear(2, 3)), "the module returns 3 numbers"),
         (lambda: gaussian_policy(nn.Tanh()), "no nn.Linear layer"),
         (lambda: boltzmann_policy(lambda nu, s: s, temperature=0.0), "temperature must be > 0"),

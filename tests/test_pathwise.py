@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from problems import gaussian_return, linear_gaussian_problem, scalar, seeded
 from torch import Tensor
 
 from sim2real import Params, boltzmann_policy, deterministic_policy, ravel, sample_noise
-from sim2real.estimators import finite_difference_gradient, pathwise_gradient
+from sim2real.estimators import finite_difference_gradient, pathwise_gradient, score_function_gradient
 
 WRT = pytest.mark.parametrize("wrt", ["nu", "theta"])
 
@@ -101,6 +102,21 @@ def test_bad_requests_are_named() -> None:
         finite_difference_gradient(mdp, policy, theta, {"gain": nu["gain"].float()}, noise)
     with pytest.raises(ValueError, match="wrt"):
         finite_difference_gradient(mdp, policy, theta, nu, noise, wrt="both")
+
+
+@pytest.mark.parametrize("estimator", [pathwise_gradient, score_function_gradient, finite_difference_gradient])
+@pytest.mark.parametrize("value", [float("nan"), 1e200])
+def test_returns_that_are_not_finite_are_named(estimator: Callable, value: float) -> None:
+    mdp, policy, theta, nu = linear_gaussian_problem()
+    noise = sample_noise(mdp, policy, 4, 3, seeded(0))
+    with pytest.raises(ValueError, match=r"the return is -?(nan|inf) and . of . entries of its gradient in nu are not"):
+        estimator(mdp, policy, {**theta, "A": torch.full_like(theta["A"], value)}, nu, noise)
+
+
+def test_one_rollout_tells_nothing_of_its_error() -> None:
+    mdp, policy, theta, nu = linear_gaussian_problem()
+    noise = sample_noise(mdp, policy, 1, 3, seeded(0))
+    assert float(pathwise_gradient(mdp, policy, theta, nu, noise).info["value_stderr"]) == float("inf")
 
 
 def test_a_parameter_of_the_policy_that_is_not_used_has_gradient_zero() -> None:

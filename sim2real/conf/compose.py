@@ -15,7 +15,7 @@ from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from sim2real.conf import COMMANDS, CUSTOM, GROUPS, register
 
@@ -74,7 +74,10 @@ def compose_config(command: str, words: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize(version_base=None, config_path=None):
-            result: Any = OmegaConf.to_object(compose(command, overrides=overrides))
+            composed = compose(command, overrides=overrides)
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise UsageError(f"{missing[0]} is missing: give {missing[0]}=...; see sim2real {command} --help")
+        result: Any = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_reason(error)) from error
     result.columns = [*result.columns, *columns]
@@ -149,8 +152,6 @@ def _reason(error: BaseException) -> str:
         return f"'{error.override}': {error.message.splitlines()[0]}"
     cause = error.__cause__ or error
     text = str(cause).strip().splitlines()
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{text[0].rpartition(' ')[2]} is missing: give {text[0].rpartition(' ')[2]}=..."
     place = next((line.split(":", 1)[1].strip() for line in text if line.strip().startswith("full_key:")), "")
     return f"{place}: {text[0]}" if place else text[0]
 

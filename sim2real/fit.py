@@ -268,12 +268,19 @@ def _scores(
     scoring = EvaluationSettings(**{name: getattr(settings, name) for name in names})
     scores = [evaluate(mdp, runs, theta, nuisance, scoring)]
     if settings.leave_out:
-        if settings.zeros == "per_run":
-            start = max(settings.start_after, scoring.zero_until)
-            scoring = replace(scoring, zeros="estimated", start_after=start)
         left = select_episodes(log, settings.leave_out)
-        scores.append(evaluate(mdp, left, theta, nuisance, scoring))
+        own = {key: value for key, value in nuisance.items() if key == "delay" or settings.zeros == "shared"}
+        scores.append(evaluate(mdp, left, theta, own, _with_own_zeros(left, scoring, settings)))
     return scores
+
+
+def _with_own_zeros(log: RolloutLog, scoring: EvaluationSettings, settings: FitSettings) -> EvaluationSettings:
+    """Zeros of left-out runs come from their own first seconds, if each run is long enough to be scored after them."""
+    start = max(settings.start_after, scoring.zero_until)
+    needed = start + settings.horizon + settings.warmup + (settings.margin + 1) * log.dt
+    if settings.zeros != "per_run" or float(log.mask.sum(1).min()) * log.dt < needed:
+        return scoring
+    return replace(scoring, zeros="estimated", start_after=start)
 
 
 def _history(found: Minimum) -> tuple[dict[str, float], ...]:

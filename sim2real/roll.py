@@ -12,18 +12,18 @@ Reference: Bryson and Ho, Applied Optimal Control, 1975, section 2.2 (adjoint), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp, vjp, vmap
 
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 
-# Samples per batched step call: fewer cost calls, more cost memory (4 states: flat within 5 % from 8e3 to 3e4).
-CHUNK = 8192
+# Samples per batched step call: fewer cost calls, more cost memory (4 states: flat within 5 % from 8e3 on).
+CHUNK = 16384
 _WARM_ITERATIONS = 20
 _WARM_TOLERANCE = 1e-10
 
@@ -75,41 +75,40 @@ def step_jacobians(
     C = states.new_empty(M, n, actions.shape[1]) if wrt_action else None
     for first in range(0, M, chunk):
         part = slice(first, min(first + chunk, M))
-        s, a = states[part].detach().requires_grad_(), actions[part].detach().requires_grad_(wrt_action)
-        copies = _copies(theta, free, len(s))
-        leaves = [s, *copies.values(), *([a] if wrt_action else [])]
-        with torch.enable_grad():
-            following = mdp.step(theta | copies, s, a, noise[part])
-        by_state, *by_params = _pull(following, leaves)
+        e = noise[part]
+        by_state, by_params, by_action = _pull(
+            lambda s, copies, a, e=e: mdp.step(theta | copies, s, a, e),
+            states[part],
+            _copies(theta, free, states[part]),
+            actions[part],
+        )
         A[part] = by_state
         if C is not None:
-            C[part] = by_params.pop()
+            C[part] = by_action
         if d:
-            B[part] = torch.cat(by_params, 2)
+            B[part] = by_params
     return StepJacobians(A, B, C)
 
 
-def _copies(theta: Params, free: Sequence[str], count: int) -> Params:
+def _copies(theta: Params, free: Sequence[str], states: Tensor) -> Params:
     """One copy of each free parameter per sample, so that one reverse pass gives every sample's own gradient."""
-    return {key: theta[key].detach().expand(count, *theta[key].shape).contiguous().requires_grad_() for key in free}
+    return {key: theta[key].detach().expand(len(states), *theta[key].shape).contiguous() for key in free}
 
 
-def _pull(outputs: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Derivatives `[M, p, width]` of outputs `[M, p]` with respect to each leaf `[M, ...]`, sample by sample.
+def _pull(
+    function: Callable[..., Tensor], states: Tensor, copies: Params, *more: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Derivatives of outputs `[M, p]` sample by sample: by states `[M, p, n]`, copies `[M, p, d]`, and one more input.
 
-    One batched reverse pass for all p components (a custom autograd Function in the step needs its vmap rule); zero
-    where the outputs do not depend on a leaf.
+    One reverse pass batched over the p components; a custom autograd Function in a step needs its vmap rule.
     """
+    outputs, pull = vjp(function, states, copies, *more)
     M, p = outputs.shape
-    pulled: Sequence[Tensor | None] = [None] * len(leaves)
-    if outputs.requires_grad:
-        picks = torch.eye(p).to(outputs).unsqueeze(1).expand(p, M, p)
-        pulled = torch.autograd.grad(outputs, leaves, picks, is_grads_batched=True, allow_unused=True)
-    zero = outputs.new_zeros(())
-    return [
-        (zero.expand(p, *leaf.shape) if grad is None else grad).reshape(p, M, leaf[0].numel()).transpose(0, 1)
-        for leaf, grad in zip(leaves, pulled, strict=True)
-    ]
+    picks = torch.eye(p).to(outputs).unsqueeze(1).expand(p, M, p)
+    by_state, by_copies, *rest = (part for part in vmap(pull)(picks))
+    flat = [grad.reshape(p, M, copies[key][0].numel()) for key, grad in by_copies.items()]
+    by_params = torch.cat(flat, 2) if flat else states.new_zeros(p, M, 0)
+    return by_state.transpose(0, 1), by_params.transpose(0, 1), rest[0].transpose(0, 1) if rest else None
 
 
 def observe_jacobians(mdp: ModelMDP, theta: Params, free: Sequence[str], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +116,9 @@ def observe_jacobians(mdp: ModelMDP, theta: Params, free: Sequence[str], states:
     M, n = states.shape
     if mdp.observe is None:
         return torch.eye(n).to(states).expand(M, n, n), states.new_zeros(M, n, sum(theta[k].numel() for k in free))
-    s, copies = states.detach().requires_grad_(), _copies(theta, free, M)
-    with torch.enable_grad():
-        seen = mdp.observe(theta | copies, s)
-    by_state, *by_params = _pull(seen, [s, *copies.values()])
-    if not by_params:
-        return by_state, states.new_zeros(M, seen.shape[1], 0)
-    return by_state, torch.cat(by_params, 2)
+    see = mdp.observe
+    by_state, by_params, _ = _pull(lambda s, copies: see(theta | copies, s), states, _copies(theta, free, states))
+    return by_state, by_params
 
 
 def forward_sensitivity(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -241,7 +236,8 @@ def warm_start_jacobians(
     Those of the actions: `[W, n, T_w, m]`. By the implicit function theorem on the gradient F(x, p) = 0 of what
     x minimises: dx/dp = -(dF/dx)^-1 dF/dp, with the exact second derivatives.
     """
-    x, copies = x.detach().requires_grad_(), _copies(theta, free, len(x))
+    copies = {key: value.requires_grad_() for key, value in _copies(theta, free, x).items()}
+    x = x.detach().requires_grad_()
     a, zero = actions.detach().requires_grad_(), warm.zero.detach().requires_grad_()
     state, total = x, x.new_zeros(len(x))
     with torch.enable_grad():

@@ -34,6 +34,9 @@ from sim2real.solvers.linear import cg
 _HOPELESS_DAMPING = 1e14
 # Ridge of the undamped model, relative to its unit diagonal: a direction without curvature promises nothing.
 _RIDGE = 1e-10
+# A Hessian known by products: the inner solve stops here, which an inexact Newton method forgives (Nocedal, Wright,
+# Numerical Optimization, 2006, section 7.1).
+_INNER = {"tol": 1e-2, "max_steps": 50}
 # Trial steps that together must decrease the value by more than the tolerance: a kink stops the model from promising
 # little although nothing is left to gain.
 _PATIENCE = 8

@@ -49,14 +49,22 @@ def q_values(
 
 
 def state_values(q: Tensor, temperature: float = 0.0) -> Tensor:
-    """`max_a q` at temperature 0, `tau log sum_a exp(q / tau)` above; at a tie the first action's derivative."""
+    """`max_a q` at temperature 0, `tau log sum_a exp(q / tau)` above; at a tie the first action's derivative.
+
+    Raises `ValueError` for a negative temperature (reward units).
+    """
+    _check_temperature(temperature)
     if temperature == 0.0:
         return q.max(-1).values
     return temperature * torch.logsumexp(q / temperature, -1)
 
 
 def optimal_actions(q: Tensor, temperature: float = 0.0) -> Tensor:
-    """Action probabilities `[..., S, A]`: all on the first best action at temperature 0, `softmax(q / tau)` above."""
+    """Action probabilities `[..., S, A]`: all on the first best action at temperature 0, `softmax(q / tau)` above.
+
+    Raises as `state_values` does.
+    """
+    _check_temperature(temperature)
     if temperature == 0.0:
         indices = torch.arange(q.shape[-1], device=q.device)
         return (indices == q.argmax(-1, keepdim=True)).to(q.dtype)
@@ -75,7 +83,10 @@ def state_transition(actions: Tensor, transition: Tensor, *, post: Tensor | None
 def policy_values(
     actions: Tensor, reward: Tensor, transition: Tensor, discount: float, *, post: Tensor | None = None
 ) -> Tensor:
-    """Exact value `V_pi = (I - gamma P_pi)^-1 r_pi`, `[..., S]`, of action probabilities `[..., S, A]`."""
+    """Exact value `V_pi = (I - gamma P_pi)^-1 r_pi`, `[..., S]`, of action probabilities `[..., S, A]`.
+
+    Raises `ValueError` for shapes that do not fit or a discount outside [0, 1).
+    """
     _check(reward, transition, discount, post)
     kernel = state_transition(actions, transition, post=post)
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -86,7 +97,11 @@ def policy_values(
 def discounted_visits(
     start: Tensor, actions: Tensor, transition: Tensor, discount: float, *, post: Tensor | None = None
 ) -> Tensor:
-    """`d = (I - gamma P_pi')^-1 start`, `[..., S]`: discounted state weights, which sum to `1 / (1 - gamma)`."""
+    """`d = (I - gamma P_pi')^-1 start`, `[..., S]`: discounted state weights, which sum to `1 / (1 - gamma)`.
+
+    Raises as `policy_values` does.
+    """
+    _check(actions, transition, discount, post)
     kernel = state_transition(actions, transition, post=post)
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     return (torch.linalg.inv(eye - discount * kernel.mT) @ start.unsqueeze(-1)).squeeze(-1)
@@ -113,8 +128,9 @@ def optimal_values(
     `strict=True`, when `max_steps` Newton steps did not reach `tol`.
     """
     _check(reward, transition, discount, post)
-    if temperature < 0 or order < 0:
-        raise ValueError(f"temperature and order must be >= 0, got temperature={temperature}, order={order}")
+    _check_temperature(temperature)
+    if order < 0:
+        raise ValueError(f"order must be >= 0, got {order}")
     reports: list[SolveReport] = []
     settings = _Settings(discount, post, temperature, tol, max_steps)
     value = _FixedPoint.apply(reward.detach(), transition.detach(), settings, reports.append)
@@ -199,6 +215,11 @@ def _newton(reward: Tensor, transition: Tensor, settings: _Settings) -> tuple[Te
         value = value + torch.linalg.solve(eye - discount * kernel, gap.unsqueeze(-1)).squeeze(-1)
     status = f"policy iteration stopped after max_steps = {settings.max_steps}"
     return value, SolveReport(False, residual, settings.max_steps, status)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0 (reward units), got {temperature}")
 
 
 def _check(reward: Tensor, transition: Tensor, discount: float, post: Tensor | None) -> None:

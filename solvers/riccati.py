@@ -35,10 +35,11 @@ def riccati(
 
     A `[..., n, n]`, B `[..., n, m]`, Q `[..., n, n]`, R `[..., m, m]` (symmetric parts are used), discount `[...]`,
     noise `[..., q, n, m]` holding C_1 ... C_q, or `[n, m]` for one. Costs are minimised here: the return is `-cost`.
-    Raises `ValueError` for shapes that do not fit and `UnstableError` when no gain was found that makes
-    `sqrt(g) s` stable in mean square, when R + ... is not positive definite, or P does not satisfy its equation.
+    Raises `ValueError` for shapes that do not fit, a negative discount or data that are not finite, and `UnstableError`
+    when no gain was found that makes `sqrt(g) s` stable in mean square, when R + ... is not positive definite, or P
+    does not satisfy its equation.
     """
-    gamma = torch.as_tensor(discount, dtype=A.dtype, device=A.device)
+    gamma = _discount(discount, A)
     noise = _as_channels(noise, B, "noise")
     _check_shapes(A, B, Q, R, gamma)
     Q, R = 0.5 * (Q + Q.mT), 0.5 * (R + R.mT)
@@ -51,11 +52,12 @@ def lyapunov(A: Tensor, W: Tensor, discount: Tensor | float = 1.0, noise: Tensor
 
     A and W `[..., n, n]`, discount g `[...]`, noise `[..., q, n, n]` holding N_1 ... N_q, or `[n, n]` for one. The cost
     matrix of a fixed policy has `A = A - B K`, `N_i = C_i K`, `W = Q + K'R K`; transpose A and N_i for a covariance.
-    Raises `ValueError` for shapes that do not fit, `UnstableError` when the mean-square radius is 1 or more.
+    Raises `ValueError` for shapes that do not fit, a negative discount or data that are not finite, `UnstableError`
+    when the mean-square radius is 1 or more.
     """
     if A.shape[-1] != A.shape[-2] or W.shape[-2:] != A.shape[-2:]:
         raise ValueError(f"A and W must be [..., n, n], got {tuple(A.shape)} and {tuple(W.shape)}")
-    root = torch.as_tensor(discount, dtype=A.dtype, device=A.device).sqrt()[..., None, None]
+    root = _discount(discount, A).sqrt()[..., None, None]
     noise = _as_channels(noise, A, "noise") * root[..., None, :, :]
     return _Lyapunov.apply(root * A, W, noise)
 
@@ -73,6 +75,12 @@ def _kron_sum(channels: Tensor) -> Tensor:
     """`sum_i N_i (x) N_i` of `[..., q, n, n]`: `[..., n^2, n^2]`, acting on row-major vec(X) as `N X N'`."""
     n = channels.shape[-1]
     return torch.einsum("...qij,...qkl->...ikjl", channels, channels).reshape(*channels.shape[:-3], n * n, n * n)
+
+
+def _discount(discount: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(discount, Tensor) and not discount >= 0:
+        raise ValueError(f"discount must be >= 0, got {discount}")
+    return torch.as_tensor(discount, dtype=like.dtype, device=like.device)
 
 
 def _as_channels(noise: Tensor | None, like: Tensor, name: str) -> Tensor:
@@ -228,7 +236,14 @@ def _leading(
     return [x.reshape(size, *(1,) * (width - (x.ndim - c)), *x.shape[1:]) for x, c in zip(moved, core, strict=True)]
 
 
+def _check_finite(**values: Tensor) -> None:
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds values that are not finite")
+
+
 def _solve_lyapunov(A: Tensor, W: Tensor, noise: Tensor) -> Tensor:
+    _check_finite(A=A, W=W, noise=noise)
     if noise.shape[-3] > 0:
         return _solve_lyapunov_densely(A, W, noise)
     _require_stable(mean_square_radius(A))
@@ -271,9 +286,9 @@ def _require_stable(radius: Tensor) -> None:
 
 def _solve_riccati(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     inputs = [A, B, Q, R, gamma, noise]
-    for name, value in zip(("A", "B", "Q", "R", "discount", "noise"), inputs, strict=True):
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} holds values that are not finite")
+    _check_finite(A=A, B=B, Q=Q, R=R, discount=gamma, noise=noise)
+    if bool((gamma < 0).any()):
+        raise ValueError(f"discount must be >= 0, got {gamma.tolist()}")
     size = Q.abs().amax((-2, -1), keepdim=True) + R.abs().amax((-2, -1), keepdim=True)
     P = Q + size * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     P = _stabilise(inputs, P)

@@ -212,6 +212,20 @@ def test_bad_input_is_refused_with_its_name(kind):
         optimal_values(**_bad(kind))
 
 
+def test_values_and_visits_of_a_policy_refuse_the_same():
+    reward, transition = random_mdp(6)
+    actions, start = optimal_actions(reward), torch.ones(STATES, dtype=torch.float64) / STATES
+    for discount in (1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="discount"):
+            policy_values(actions, reward, transition, discount)
+        with pytest.raises(ValueError, match="discount"):
+            discounted_visits(start, actions, transition, discount)
+    for function in (state_values, optimal_actions):
+        for temperature in (-1.0, math.nan):
+            with pytest.raises(ValueError, match="temperature"):
+                function(reward, temperature)
+
+
 def test_values_of_a_policy_have_the_same_derivatives_in_every_mode():
     """torch.linalg.solve gives wrong numbers here without an error: pytorch/pytorch issue 192540."""
     actions = torch.softmax(random_mdp(4)[0], -1)

@@ -175,6 +175,16 @@ def test_failures_are_named() -> None:
         riccati(**{**system, "B": torch.ones(2, 1, dtype=torch.long)})
     with pytest.raises(ValueError, match="A holds values that are not finite"):
         riccati(**{**system, "A": system["A"] * float("nan")})
+    for discount in (-0.5, torch.tensor(-0.5, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"discount must be >= 0, got -0\.5"):
+            riccati(**{**system, "discount": discount})
+    with pytest.raises(ValueError, match="discount must be >= 0"):
+        lyapunov(0.5 * eye, eye, -0.5)
+    for noise in (None, 0.1 * eye):
+        with pytest.raises(ValueError, match="W holds values that are not finite"):
+            lyapunov(0.5 * eye, float("nan") * eye, noise=noise)
+        with pytest.raises(ValueError, match="A holds values that are not finite"):
+            lyapunov(float("nan") * eye, eye, noise=noise)
     with pytest.raises(ValueError, match="A and W"):
         lyapunov(eye, torch.eye(3))
     with pytest.raises(UnstableError, match="radius is 1"):

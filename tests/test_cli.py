@@ -219,6 +219,24 @@ def test_evaluate_prints_a_table_and_takes_other_values(
     assert worse > 3 * json.loads(run(capsys, [*words, "--json"])[1])["rmse"]
 
 
+def test_a_list_of_files_is_one_log(data: Path, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = f"log=[{data / 'run_0.csv'},{data / 'run_1.csv'}]"
+    words = ["evaluate", f"params={fitted}", files, "model.integrator=rk4", "--json"]
+    document = json.loads(run(capsys, words)[1])
+    assert [score["episode"] for score in document["runs"]] == ["run_0", "run_1"]
+    # a coarser grid was asked for: the log is resampled to it
+    coarse = ["evaluate", "model=pendulum", "model.dt=0.02", f"log={data}", "--json"]
+    assert json.loads(run(capsys, coarse)[1])["dt"] == 0.02
+
+
+def test_unknown_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["fitt"], ["fit", "--jsn"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+    assert "unknown option --jsn" in capsys.readouterr().err
+
+
 def test_strict_fails_what_is_flagged(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # far too much damping held: Coulomb friction wants to be negative and ends at its bound
     words = ["fit", f"log={data}", *FAST[:-1], "fit.free=[coulomb]", "theta.damping=0.6", "report=false"]

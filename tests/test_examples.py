@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
+    "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mujoco_cartpole.py": (("--quick", "--plot", "figure.png"), "paired gain over 8 starts", ("mujoco",)),
 }

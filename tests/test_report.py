@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import io
 import math
 import re
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 
 from sim2real.evaluation import Evaluation, RunScore
 from sim2real.fit import Comparison, FitResult
@@ -15,6 +17,7 @@ from sim2real.fit_facts import ParameterRow
 from sim2real.parameter_file import ParameterSet
 from sim2real.report import describe_direction, fit_report, interval_text, number, row_flags, tune_report
 from sim2real.solve_report import SolveReport
+from sim2real.tables import evaluation_tables, fit_tables, tune_tables
 from sim2real.tune_figures import log_likelihood, measured
 from sim2real.tuning import TuneResult
 
@@ -161,6 +164,22 @@ def test_returns_are_the_measured_ones_where_there_are_some() -> None:
     assert measured(history[1]) == (-9.0, 0.4)
     likelihood = ({"mgl": torch.tensor(2.0).double()}, torch.tensor([[2.0]]).double())
     assert log_likelihood(history[2], likelihood) == pytest.approx(-0.04, rel=1e-12)
+
+
+def test_tables_for_a_terminal() -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    for table in (*fit_tables(result()), *evaluation_tables(evaluation(0.03)), *tune_tables(tuned())):
+        console.print(table)
+    text = console.export_text()
+    for part in ("not identified", "0.80 inertia - 0.60 mgl", "fitted, left out", "run_1", "undone", "2 ", "2.5"):
+        assert part in text
+
+
+def test_a_season_is_one_more_line() -> None:
+    scored = dataclasses.replace(evaluation(0.03), baselines={"hold-first-value": 0.5, "season-before": 0.25})
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(evaluation_tables(scored)[0])
+    assert "season before" in console.export_text()
 
 
 def test_numbers_and_flags_for_people() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.table import Table
 
@@ -18,7 +19,7 @@ def fit_tables(result: FitResult) -> list[Table]:
     for row in result.rows:
         prior = "" if row.prior is None else f"{number(row.prior[0])} ± {number(row.prior[1], 3)}"
         interval = interval_text(row.low, row.high)
-        flags = ", ".join(row_flags(row)) or "identified"
+        flags = ", ".join(row_flags(row)) or "ok"
         parameters.add_row(row.name, number(row.value, 5), interval, row.unit, number(row.initial), prior, flags)
     tables = [parameters]
     if result.directions:
@@ -74,7 +75,9 @@ def _table(title: str, head: Sequence[str]) -> Table:
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, text in enumerate(head):
         right = text in ("value", "start", "tuned", "RMSE", "median", "calm RMSE", "first value held", "windows")
-        table.add_column(text, justify="right" if right and index else "left")
+        whole = index == 0 or text in ("value", "90 % interval", "start")  # a narrow terminal folds the others
+        justify: Literal["left", "right"] = "right" if right and index else "left"
+        table.add_column(text, justify=justify, no_wrap=whole, overflow="fold")
     return table
 
 

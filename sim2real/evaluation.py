@@ -8,8 +8,8 @@ A window that is not finite has error infinity.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,8 +112,10 @@ def evaluate(
     theta: Params,
     nuisance: Params | None = None,
     settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    growth: Tensor | None = None,
 ) -> Evaluation:
-    """Score `theta` on `log`.
+    """Score `theta` on `log`; `growth [W]` of the windows is found with `theta` itself unless given.
 
     nuisance, as `fit` returns it: "delay" `[]` in s; "zero" `[q]` shared, or `[B, q]` one row per episode of `log`
     (used unless `zeros` is "estimated"); anything else in it belongs to the runs of the fit and is not used. Raises
@@ -123,18 +125,23 @@ def evaluate(
     if "delay" in nuisance:
         log = replace(log, actions=delayed_actions(log, nuisance["delay"]))
     channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
-    windows = cut_windows(mdp, log, channels, _choice(settings))
+    windows = cut_windows(mdp, log, channels, window_choice(settings))
     if settings.zeros == "estimated":
         zero = estimate_zeros(mdp, log, channels, theta, settings)
     else:
         zero = _given_zeros(nuisance, log, channels)
-    scored = _simulate(mdp, log, channels, windows, theta, zero, settings.pull)
-    return _summary(scored, log, settings, zero)
+    misfit = _with_zeros(mdp, log, channels, windows, theta, settings.pull)
+    rolled = roll_windows(misfit, zero.reshape(-1))
+    if growth is None:
+        growth = start_error_growth(misfit, linearize(misfit, rolled))
+    elif growth.shape != windows.start.shape:
+        raise WindowError(f"growth has shape {tuple(growth.shape)}, there are {len(windows.start)} windows")
+    return _summary(_Scored(misfit, rolled, growth), log, settings, zero)
 
 
-def _choice(settings: EvaluationSettings) -> WindowChoice:
-    names = ("horizon", "stride", "first_row", "margin", "start_after", "end_before", "keep", "warmup")
-    return WindowChoice(**{name: getattr(settings, name) for name in names})
+def window_choice(settings: Any) -> WindowChoice:
+    """The fields of `FitSettings` or `EvaluationSettings` that choose windows."""
+    return WindowChoice(**{field.name: getattr(settings, field.name) for field in fields(WindowChoice)})
 
 
 def _given_zeros(nuisance: Params, log: RolloutLog, channels: Channels) -> Tensor:
@@ -162,7 +169,9 @@ def estimate_zeros(
     mdp: ModelMDP, log: RolloutLog, channels: Channels, theta: Params, settings: EvaluationSettings
 ) -> Tensor:
     """Sensor zeros `[B, q]`: each run's minimise the squares over its own windows that end by `zero_until`, from 0."""
-    choice = replace(_choice(settings), horizon=settings.zero_horizon, start_after=0.0, end_before=settings.zero_until)
+    choice = replace(
+        window_choice(settings), horizon=settings.zero_horizon, start_after=0.0, end_before=settings.zero_until
+    )
     windows = cut_windows(mdp, log, channels, choice)
     misfit = _with_zeros(mdp, log, channels, windows, theta, settings.pull)
     finite = torch.isfinite(roll_windows(misfit, misfit.unknowns.start).residual).flatten(1).all(1)
@@ -171,14 +180,6 @@ def estimate_zeros(
     problem = objective(replace(misfit, windows=subset(windows, finite)))
     found = levenberg_marquardt(problem, misfit.unknowns.start, tolerance=1e-6)
     return found.x[misfit.unknowns.zero]
-
-
-def _simulate(
-    mdp: ModelMDP, log: RolloutLog, channels: Channels, windows: Windows, theta: Params, zero: Tensor, pull: float
-) -> _Scored:
-    misfit = _with_zeros(mdp, log, channels, windows, theta, pull)
-    rolled = roll_windows(misfit, zero.reshape(-1))
-    return _Scored(misfit, rolled, start_error_growth(misfit, linearize(misfit, rolled)))
 
 
 def _errors(residual: Tensor) -> Tensor:

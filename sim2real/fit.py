@@ -8,14 +8,14 @@ r_wj: model minus log at the j-th of the R scored samples of window w, started f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sim2real.episodes import select_episodes
-from sim2real.evaluation import Evaluation, EvaluationSettings, evaluate
+from sim2real.evaluation import Evaluation, EvaluationSettings, evaluate, window_choice
 from sim2real.fit_facts import ParameterRow, fit_facts
 from sim2real.fit_search import search, without_effect
 from sim2real.mdp import ModelMDP
@@ -25,7 +25,7 @@ from sim2real.rollout_log import RolloutLog
 from sim2real.solve_report import SolveReport
 from sim2real.solvers.least_squares import Minimum
 from sim2real.unknowns import Nuisance, make_unknowns, take_apart
-from sim2real.windows import WindowChoice, WindowError, cut_windows, match_channels, subset
+from sim2real.windows import WindowError, cut_windows, match_channels, subset
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def fit(
     """
     runs = _training_runs(log, settings)
     misfit, notes = build_misfit(mdp, runs, theta, settings)
+    left_out = _left_out(mdp, log, settings)
     silent = without_effect(misfit)
-    before = _scores(mdp, log, runs, theta, {}, settings)
     found = search(misfit, max_steps=settings.max_steps, tolerance=settings.tolerance, on_step=on_step, state=state)
     fitted, nuisance = take_apart(misfit.unknowns, found.x).theta, _nuisance(misfit, settings, found.x)
     facts = fit_facts(misfit, found, silent, block=settings.block)
-    after = _scores(mdp, log, runs, fitted, nuisance, settings)
+    on_any_run = {key: value for key, value in nuisance.items() if key == "delay" or settings.zeros == "shared"}
     return FitResult(
         theta=fitted,
         nuisance=nuisance,
@@ -152,8 +152,8 @@ def fit(
         directions=facts.directions,
         report=found.report,
         history=_history(found),
-        training=Comparison(after[0], before[0]),
-        left_out=Comparison(after[1], before[1]) if len(after) > 1 else None,
+        training=_compare(mdp, runs, fitted, nuisance, theta, _scoring(settings)),
+        left_out=None if left_out is None else _compare(mdp, left_out[0], fitted, on_any_run, theta, left_out[1]),
         notes=(*notes, *facts.notes, *_unconverged(found)),
     )
 
@@ -184,9 +184,7 @@ def build_misfit(
     if settings.initial_velocity and settings.warmup > 0:
         raise ValueError("initial_velocity corrects measured starts; with a warmup the start is not measured")
     channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
-    names = ("horizon", "stride", "first_row", "margin", "start_after", "end_before", "keep", "warmup")
-    choice = WindowChoice(**{name: getattr(settings, name) for name in names})
-    windows = cut_windows(mdp, log, channels, choice, sample_every=settings.sample_every)
+    windows = cut_windows(mdp, log, channels, window_choice(settings), sample_every=settings.sample_every)
     unknowns = make_unknowns(
         mdp,
         log,
@@ -249,38 +247,34 @@ def _nuisance(misfit: Misfit, settings: FitSettings, x: Tensor) -> Params:
     return nuisance
 
 
-def _scores(
-    mdp: ModelMDP, log: RolloutLog, runs: RolloutLog, theta: Params, nuisance: Params, settings: FitSettings
-) -> list[Evaluation]:
-    """Errors on the training runs and, if there are any, on the left-out ones; zeros per run are found anew there."""
-    names = (
-        "signals",
-        "horizon",
-        "stride",
-        "first_row",
-        "margin",
-        "start_after",
-        "end_before",
-        "keep",
-        "warmup",
-        "pull",
-    )
-    scoring = EvaluationSettings(**{name: getattr(settings, name) for name in names})
-    scores = [evaluate(mdp, runs, theta, nuisance, scoring)]
-    if settings.leave_out:
-        left = select_episodes(log, settings.leave_out)
-        own = {key: value for key, value in nuisance.items() if key == "delay" or settings.zeros == "shared"}
-        scores.append(evaluate(mdp, left, theta, own, _with_own_zeros(left, scoring, settings)))
-    return scores
+def _scoring(settings: FitSettings) -> EvaluationSettings:
+    shared = {field.name for field in fields(settings)} & {field.name for field in fields(EvaluationSettings)}
+    return EvaluationSettings(**{name: getattr(settings, name) for name in shared - {"zeros", "max_growth"}})
 
 
-def _with_own_zeros(log: RolloutLog, scoring: EvaluationSettings, settings: FitSettings) -> EvaluationSettings:
-    """Zeros of left-out runs come from their own first seconds, if each run is long enough to be scored after them."""
+def _left_out(mdp: ModelMDP, log: RolloutLog, settings: FitSettings) -> tuple[RolloutLog, EvaluationSettings] | None:
+    """The runs of `leave_out` and how they are scored; raises now, not after the fit, when no window fits.
+
+    Their zeros come from their own first seconds, if each run is long enough to be scored after them.
+    """
+    if not settings.leave_out:
+        return None
+    runs, scoring = select_episodes(log, settings.leave_out), _scoring(settings)
     start = max(settings.start_after, scoring.zero_until)
     needed = start + settings.horizon + settings.warmup + (settings.margin + 1) * log.dt
-    if settings.zeros != "per_run" or float(log.mask.sum(1).min()) * log.dt < needed:
-        return scoring
-    return replace(scoring, zeros="estimated", start_after=start)
+    if settings.zeros == "per_run" and float(runs.mask.sum(1).min()) * log.dt >= needed:
+        scoring = replace(scoring, zeros="estimated", start_after=start)
+    channels = match_channels(mdp, runs, settings.signals, warmup=settings.warmup > 0)
+    cut_windows(mdp, runs, channels, window_choice(scoring))
+    return runs, scoring
+
+
+def _compare(
+    mdp: ModelMDP, log: RolloutLog, fitted: Params, nuisance: Params, initial: Params, scoring: EvaluationSettings
+) -> Comparison:
+    """Both on the same windows, told apart by the growth of start errors in the fitted model."""
+    after = evaluate(mdp, log, fitted, nuisance, scoring)
+    return Comparison(after, evaluate(mdp, log, initial, None, scoring, growth=after.growth))
 
 
 def _history(found: Minimum) -> tuple[dict[str, float], ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sim2real.gauss_newton import MANY, global_jacobian, row_weight
 from sim2real.identifiability import describe, identifiability, parameter_range
 from sim2real.intervals import BLOCK_SECONDS, WINDOWS_PER_BLOCK, Linearization, correlation, jackknife, soft_l1_weights
-from sim2real.misfit import Misfit, Rolled, linearize
+from sim2real.misfit import Misfit, Rolled
 from sim2real.solvers.least_squares import Minimum
 from sim2real.unknowns import Unknowns
 
@@ -87,7 +87,7 @@ def _linearization(misfit: Misfit, found: Minimum) -> Linearization:
     rolled: Rolled = found.work
     weight, windows = row_weight(misfit), misfit.windows
     return Linearization(
-        jacobian=weight * global_jacobian(misfit, linearize(misfit, rolled).jacobian.flatten(1, 2)),
+        jacobian=global_jacobian(misfit, found.model.work),
         residual=weight * rolled.residual.flatten(1),
         weights=soft_l1_weights(rolled.residual.flatten(1), misfit.scale),
         run=windows.episode,

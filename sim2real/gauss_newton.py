@@ -56,9 +56,9 @@ def objective(misfit: Misfit, *, power: int = 3) -> Objective:
         pull = precision * (x - unknowns.mean)
         if unknowns.count > MANY:
             return _adjoint_model(misfit, rolled, rows, w, power, pull, precision)
-        J = weight * linearize(misfit, rolled).jacobian.flatten(1, 2)
+        J = weight * linearize(misfit, rolled).jacobian.flatten(1, 2)  # in `work` for the intervals
         gradient, hessian = assemble(misfit, J, (w * rows).unsqueeze(-1), w.pow(power))
-        return QuadraticModel(gradient + pull, hessian + precision.diag())
+        return QuadraticModel(gradient + pull, hessian + precision.diag(), work=J)
 
     return Objective(value, model)
 

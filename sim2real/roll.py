@@ -83,7 +83,7 @@ def step_jacobians(
             actions[part],
         )
         A[part] = by_state
-        if C is not None:
+        if C is not None and by_action is not None:
             C[part] = by_action
         if d:
             B[part] = by_params
@@ -102,7 +102,7 @@ def _pull(
 
     One reverse pass batched over the p components; a custom autograd Function in a step needs its vmap rule.
     """
-    outputs, pull = vjp(function, states, copies, *more)
+    outputs, pull = vjp(function, states, copies, *more)[:2]
     M, p = outputs.shape
     picks = torch.eye(p).to(outputs).unsqueeze(1).expand(p, M, p)
     by_state, by_copies, *rest = (part for part in vmap(pull)(picks))

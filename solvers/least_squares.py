@@ -52,6 +52,8 @@ class QuadraticModel:
     """`[P, P]` positive semidefinite, or its product with a vector `[P]`"""
     diagonal: Tensor | None = None
     """`[P]` curvature scale of each variable; needed where `hessian` is a product"""
+    work: Any = None
+    """whatever else the caller wants to find in `Minimum.model`"""
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,15 @@ class Minimum:
 
     x: Tensor
     value: Tensor
-    gradient: Tensor
     held: Tensor
     """`[P]` bool: at a bound, with the gradient pointing outward"""
     report: SolveReport
     history: Tensor
     """`[steps, 4]`: value, residual and damping before each step, and 1 where the step was taken"""
-    work: Any = None
-    """of the last value"""
+    work: Any
+    """of the value at x"""
+    model: QuadraticModel
+    """at x"""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def levenberg_marquardt(
     report = SolveReport(
         status.startswith("converged"), float(residual), int(now["step"]), status, damping=float(now["damping"])
     )
-    return Minimum(point.x, value, model.gradient, point.held, report, now["history"], work)
+    return Minimum(point.x, value, point.held, report, now["history"], work, model)
 
 
 def _start(x0: Tensor, low: Tensor, high: Tensor, damping: float) -> Params:

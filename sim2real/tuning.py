@@ -28,12 +28,12 @@ from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.transitions import RealReward, Transitions, transitions
 from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, Noise
-from sim2real.params import Estimate, Params, ravel
+from sim2real.params import Estimate, Params, check_same_keys, ravel
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout, expected_return
 from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedWarning
 from sim2real.solvers.optimum import policy_optimum
-from sim2real.tune_search import Likelihood, advance, begin, log_likelihood, measured_return
+from sim2real.tune_search import Gather, Likelihood, advance, begin, log_likelihood, measured_return
 from sim2real.tune_state import Point, Search, Space, TuneSettings, restore, snapshot, tuning_space
 
 Collect = Callable[[Policy, Params, int, torch.Generator], Rollout | RolloutLog | Transitions | None]
@@ -184,61 +184,83 @@ def tune(
     environments that terminate, because a recording cannot tell an end from a time limit.
     The rest as in `tune_step`. A candidate whose optimum, solve or critic cannot be trusted is refused, with a note.
     `on_step(state)` is called after every iteration; passing that `state` back continues bitwise.
-    Raises `ValueError` when the start itself cannot be evaluated, or data are missing.
+    Raises `ValueError` when the start itself cannot be evaluated, data are missing or `state` is none of `tune`'s, and
+    `KeyError` when it is one of another theta.
     """
     options = settings if settings is not None else TuneSettings()
     space = tuning_space(theta, box if box is not None else mdp.box, free, scale)
-    chain = partial(
-        tune_step,
-        mdp,
-        policy,
-        noise=noise,
-        real_reward=real_reward,
-        real_discount=real_discount,
-        objective=objective,
-        optimum=optimum,
-        gradient=gradient,
-        sensitivity=partial(sensitivity, damping=options.damping) if options.damping else sensitivity,
-    )
+    J = objective if objective is not None else _sampled_return(mdp, policy, noise)
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
+    damped = partial(sensitivity, damping=options.damping) if options.damping else sensitivity
+    chain = partial(tune_step, mdp, policy, noise=noise, objective=J, optimum=optimum, gradient=gradient)
+    chain = partial(chain, real_reward=real_reward, real_discount=real_discount, sensitivity=damped)
 
     def evaluate(at: Params, start: Params, data: Transitions | None) -> Point:
         return _point(chain(theta=at, nu=start, log=data), at, space, likelihood, options.likelihood_weight)
 
-    def gather(at: Params, iteration: int) -> tuple[Transitions, tuple[float, float]] | None:
-        recorded = collect(policy, at, iteration, rng) if collect is not None else None
-        if recorded is None:
-            return None
-        new = transitions(recorded, real_reward, terminal=terminal)
-        return new, measured_return(new, real_discount)
-
-    source = gather if collect is not None else None
+    source = _source(collect, policy, rng, real_reward, real_discount, terminal)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnconvergedWarning)  # such points are refused, and noted, instead
         if state:
             search = restore(state, rng)
+            check_same_keys(theta, search.anchor.theta, "the theta of the state")
         else:
-            J = objective if objective is not None else _sampled_return(mdp, policy, noise)
-            first, known = _in_sim_optimum(J, theta, nu, optimum), None
-            if log is not None:
-                known = transitions(log, real_reward, terminal=terminal)
+            first = _in_sim_optimum(J, theta, nu, optimum)
+            known = None if log is None else transitions(log, real_reward, terminal=terminal)
             begun = begin(theta, first, known, options, space, evaluate, source)
             if begun is None:
                 return TuneResult(theta, first, (), _report(None), (), waiting=True, state={})
             search = begun
             if on_step is not None:
                 on_step(snapshot(search, rng))
-        while not search.finished:
-            saved = snapshot(search, rng)
-            advanced = advance(search, options, space, evaluate, source)
-            if isinstance(advanced, Point):
-                theta, nu = advanced.theta, advanced.nu
-                return TuneResult(theta, nu, search.history, _report(search), search.notes, waiting=True, state=saved)
-            search = advanced
-            if on_step is not None:
-                on_step(snapshot(search, rng))
-    best, saved = search.anchor, snapshot(search, rng)
-    return TuneResult(best.theta, best.nu, search.history, _report(search), search.notes, waiting=False, state=saved)
+        return _run(search, lambda s: advance(s, options, space, evaluate, source), rng, on_step)
+
+
+def _source(
+    collect: Collect | None,
+    policy: Policy,
+    generator: torch.Generator,
+    real_reward: RealReward | None,
+    real_discount: float,
+    terminal: Callable[[Tensor], Tensor] | None,
+) -> Gather | None:
+    """`collect` as the search wants it: transitions and their measured return."""
+    if collect is None:
+        return None
+
+    def gather(nu: Params, iteration: int) -> tuple[Transitions, tuple[float, float]] | None:
+        recorded = collect(policy, nu, iteration, generator)
+        if recorded is None:
+            return None
+        new = transitions(recorded, real_reward, terminal=terminal)
+        return new, measured_return(new, real_discount)
+
+    return gather
+
+
+def _run(
+    search: Search,
+    step: Callable[[Search], Search | Point],
+    generator: torch.Generator,
+    on_step: Callable[[Params], None] | None,
+) -> TuneResult:
+    """Iterate until the search ends or must wait for rollouts of a point."""
+    saved = snapshot(search, generator)
+    while not search.finished:
+        following = step(search)
+        if isinstance(following, Point):
+            # the snapshot of before the step: what was drawn while waiting is drawn again
+            return _result(following, search, saved, waiting=True)
+        search = following
+        saved = snapshot(search, generator)
+        if on_step is not None:
+            on_step(saved)
+    return _result(search.anchor, search, saved, waiting=False)
+
+
+def _result(point: Point, search: Search, state: Params, *, waiting: bool) -> TuneResult:
+    report = _report(search)
+    return TuneResult(point.theta, point.nu, search.history, report, search.notes, waiting=waiting, state=state)
 
 
 def _point(step: TuneStep, theta: Params, space: Space, likelihood: Likelihood | None, weight: float) -> Point:

@@ -523,6 +523,10 @@ def test_resuming_exact_runs_without_data() -> None:
 def test_a_state_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"lacks \['curvature'"):
         tune_toy(state={"theta.a": torch.zeros(())})
+    states: list[Params] = []
+    tune_toy(on_step=states.append, settings=TuneSettings(max_steps=1))
+    with pytest.raises(KeyError, match="the theta of the state"):
+        tune_toy(state=states[0], start={"a": START["a"], "c": START["b"]})
 
 
 def test_waiting_for_rollouts_and_going_on_equals_collecting_at_once() -> None:

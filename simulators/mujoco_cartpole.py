@@ -93,32 +93,19 @@ def mujoco_cartpole(
     """
     lag = _check(dt, substeps, delay, backlash, force_limit)
     commands = math.ceil(lag / substeps)
-    model = _compile(
-        timestep=dt / substeps,
-        rail_stiction=rail_stiction,
-        rail_damping=rail_damping,
-        hinge_stiction=hinge_stiction,
-        hinge_damping=hinge_damping,
-        carriage_mass=carriage_mass,
-        cart_mass=cart_mass,
-        pole_mass=pole_mass,
-        center=length / 2,
-        inertia=pole_mass * length**2 / 12,
-        force_limit=force_limit,
-        play=max(backlash, 1e-6),
-    )
-    data, pool = [mujoco.MjData(model) for _ in range(threads)], EnginePool(nthread=threads if threads > 1 else 0)
-    # engine step j of a control step applies the command of `ages[j]` control steps ago
-    ages = [commands + (j - lag) // substeps for j in range(substeps)]
+    friction = {"rail_stiction": rail_stiction, "hinge_stiction": hinge_stiction}
+    friction |= {"rail_damping": rail_damping, "hinge_damping": hinge_damping}
+    bodies = {"carriage_mass": carriage_mass, "cart_mass": cart_mass, "pole_mass": pole_mass}
+    bodies |= {"center": length / 2, "inertia": pole_mass * length**2 / 12}
+    rail = {"timestep": dt / substeps, "force_limit": force_limit, "play": max(backlash, 1e-6)}
+    model = mujoco.MjModel.from_xml_string(_RIG.format(**friction, **bodies, **rail))
+    # engine step j of a control step applies the known command `order[j]`, the oldest one first
+    order = [commands + (j - lag) // substeps for j in range(substeps)]
+    advance = _stepper(model, order, commands, threads)
 
     def initial_state(theta: Params, e0: Tensor) -> Tensor:
         observed = e0.new_tensor([0.0, initial_angle, 0.0, 0.0]) + initial_std * e0
         return torch.cat([observed, e0.new_zeros(e0.shape[0], 2 + commands)], -1)
-
-    def advance(state: Tensor, action: Tensor) -> Tensor:
-        known = torch.cat([state[:, 6:], action], -1)
-        physics = _advance(model, data, pool, state, known[:, ages])
-        return torch.cat([physics, known[:, known.shape[1] - commands :]], -1)
 
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
         following: Tensor = _BlackBox.apply(state, action, advance)
@@ -150,8 +137,16 @@ def _balancing_cost(state: Tensor, action: Tensor) -> Tensor:
     return x**2 + 10.0 * (1.0 - torch.cos(angle)) + 0.1 * (v**2 + w**2) + 0.001 * action[:, 0] ** 2
 
 
-def _compile(**values: float) -> Any:
-    return mujoco.MjModel.from_xml_string(_RIG.format(**values))
+def _stepper(model: Any, order: list[int], commands: int, threads: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """One control step of `state [B, 6 + commands]` under `action [B, 1]`; reuses the engine's buffers."""
+    data, pool = [mujoco.MjData(model) for _ in range(threads)], EnginePool(nthread=threads if threads > 1 else 0)
+
+    def advance(state: Tensor, action: Tensor) -> Tensor:
+        known = torch.cat([state[:, 6:], action], -1)
+        physics = _advance(model, data, pool, state, known[:, order])
+        return torch.cat([physics, known[:, known.shape[1] - commands :]], -1)
+
+    return advance
 
 
 class _BlackBox(torch.autograd.Function):

@@ -180,11 +180,19 @@ def _draw(generator: np.random.Generator, count: int) -> Tensor:
     return torch.as_tensor(generator.standard_normal(count))
 
 
-def _batch_action(action: Any, rows: int) -> Tensor:
-    values = torch.as_tensor(np.asarray(action, dtype=np.float64).reshape(rows, -1))
+def _batch_action(action: Any, space: spaces.Space[Any], rows: int) -> Tensor:
+    given, width = np.asarray(action, dtype=np.float64), int(np.prod(space.shape or ()))
+    if given.size != rows * width:
+        raise ValueError(f"actions of shape {given.shape} do not fit {rows} environments with the action space {space}")
+    values = torch.as_tensor(given.reshape(rows, width))
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"an action is not finite: {values.tolist()}")
     return values
+
+
+def _require_reset(state: Tensor) -> None:
+    if not state.numel():
+        raise gymnasium.error.ResetNeeded("the environment has no state yet; call reset before step")
 
 
 @torch.no_grad()
@@ -219,10 +227,11 @@ class _ModelEnv(gymnasium.Env[np.ndarray, Any]):
         return self._observation(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        _require_reset(self.state)
         noise = _draw(self.np_random, self._mdp.noise_dims[1] - self._mdp.exogenous_dim)
         e = torch.cat([noise, self._exogenous[min(self._clock, self._horizon - 1)]]).unsqueeze(0)
-        state = self.state.unsqueeze(0)
-        following, reward, done = _advance(self._mdp, self._theta, state, _batch_action(action, 1), e)
+        state, given = self.state.unsqueeze(0), _batch_action(action, self.action_space, 1)
+        following, reward, done = _advance(self._mdp, self._theta, state, given, e)
         self.state = following[0]
         self._clock += 1
         return self._observation(), float(reward), bool(done), self._clock >= self._horizon, {}
@@ -270,10 +279,12 @@ class _ModelVectorEnv(VectorEnv[np.ndarray, Any, Any]):
         return self._observation(), {}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        _require_reset(self.state)
         restart = self._finished
         noise = self._noise(~restart, self._mdp.noise_dims[1] - self._mdp.exogenous_dim)
         e = torch.cat([noise, self._exogenous[self._clock.clamp(max=self._horizon - 1)]], -1)
-        following, reward, done = _advance(self._mdp, self._theta, self.state, _batch_action(actions, self.num_envs), e)
+        given = _batch_action(actions, self.single_action_space, self.num_envs)
+        following, reward, done = _advance(self._mdp, self._theta, self.state, given, e)
         if bool(restart.any()):
             following = torch.where(restart.unsqueeze(-1), self._fresh(restart), following)
         self.state = following

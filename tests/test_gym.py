@@ -216,3 +216,13 @@ def test_wrong_requests_are_named() -> None:
     env.reset(seed=0)
     with pytest.raises(ValueError, match="an action is not finite"):
         env.step(np.array([np.inf]))
+    with pytest.raises(ValueError, match=r"actions of shape \(2,\) do not fit 1 environments"):
+        env.step(np.ones(2))
+    vector = to_gym_vector(mdp, theta, 3, action_space=WIDE, horizon=5)
+    for fresh, action in ((to_gym(mdp, theta, action_space=WIDE, horizon=5), np.ones(1)), (vector, np.ones((3, 1)))):
+        with pytest.raises(gymnasium.error.ResetNeeded, match="call reset before step"):
+            fresh.step(action)
+    vector.reset(seed=0)
+    for shape in ((3, 2), (2, 1)):
+        with pytest.raises(ValueError, match="do not fit 3 environments"):
+            vector.step(np.ones(shape))

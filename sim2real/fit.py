@@ -17,7 +17,7 @@ from torch import Tensor
 from sim2real.episodes import select_episodes
 from sim2real.evaluation import Evaluation, EvaluationSettings, evaluate, window_choice
 from sim2real.fit_facts import ParameterRow, fit_facts
-from sim2real.fit_search import search, without_effect
+from sim2real.fit_search import search, unstable_step, without_effect
 from sim2real.mdp import ModelMDP
 from sim2real.misfit import Misfit, linearize, roll_windows, start_error_growth
 from sim2real.params import Params
@@ -137,7 +137,7 @@ def fit(
     runs = _training_runs(log, settings)
     misfit, notes = build_misfit(mdp, runs, theta, settings)
     left_out = _left_out(mdp, log, settings)
-    silent = without_effect(misfit)
+    silent, notes = without_effect(misfit), (*notes, *unstable_step(misfit))
     found = search(misfit, max_steps=settings.max_steps, tolerance=settings.tolerance, on_step=on_step, state=state)
     fitted, nuisance = take_apart(misfit.unknowns, found.x).theta, _nuisance(misfit, settings, found.x)
     facts = fit_facts(misfit, found, silent, block=settings.block)

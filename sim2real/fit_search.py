@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sim2real.gauss_newton import objective
-from sim2real.misfit import Misfit, linearize, roll_windows
+from sim2real.gauss_newton import MANY, jacobian_products, objective
+from sim2real.misfit import Misfit, Rolled, linearize, roll_windows, start_error_growth
 from sim2real.params import Params
 from sim2real.solvers.least_squares import Minimum, levenberg_marquardt
 from sim2real.windows import subset
@@ -31,6 +31,8 @@ _SCAN_STEPS = 3
 _CANDIDATES = 64
 # Parameters are moved by this share of their box (or value) to see whether a zero derivative means no effect.
 _NUDGE = 1e-2
+# A fitted system may be chaotic over a window, but not like this.
+_WILD = 1e4
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,7 @@ def without_effect(misfit: Misfit) -> Tensor:
     silent = torch.zeros(len(x), dtype=torch.bool)
     for part in (rough_windows(misfit), misfit):
         rolled = roll_windows(part, x)
-        moved = linearize(part, rolled).jacobian.abs().flatten(0, 2).amax(0)[: unknowns.count]
-        silent[: unknowns.count] = moved == 0
+        silent[: unknowns.count] = _effect(part, rolled) == 0
         for column in silent.nonzero().flatten().tolist():
             nudged = x.clone()
             width = float(unknowns.high[column] - unknowns.low[column])
@@ -167,3 +168,26 @@ def without_effect(misfit: Misfit) -> Tensor:
         if not bool(silent.any()):
             break
     return silent
+
+
+def _effect(misfit: Misfit, rolled: Rolled) -> Tensor:
+    """Zero exactly where the derivative with respect to an entry of theta is, `[d]`."""
+    count = misfit.unknowns.count
+    if count <= MANY:
+        return linearize(misfit, rolled).jacobian.abs().flatten(0, 2).amax(0)[:count]
+    # J'u of random u is zero where the column of J is, and nowhere else
+    u = torch.randn(rolled.residual.flatten(1).shape, generator=torch.Generator().manual_seed(0)).to(rolled.residual)
+    return jacobian_products(misfit, rolled)[1](u)[:count]
+
+
+def unstable_step(misfit: Misfit) -> tuple[str, ...]:
+    """A note when the model's own step looks unstable at the start values: derivatives then tell nothing."""
+    part = rough_windows(misfit)
+    growth = start_error_growth(part, linearize(part, roll_windows(part, misfit.unknowns.start), ()))
+    wild = int((growth > _WILD).sum())
+    if not wild:
+        return ()
+    return (
+        f"at the start values {wild} of {len(growth)} windows looked at grow a start error more than {_WILD:g} times: "
+        f"if that is not the system's own nature, take more substeps of the model, a shorter horizon, or max_growth",
+    )

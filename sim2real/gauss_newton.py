@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 
 from sim2real.misfit import Misfit, Rolled, linearize, roll_windows, start_columns
 from sim2real.params import ravel, unravel
-from sim2real.roll import adjoint_roll, observe, tangent_roll
+from sim2real.roll import Path, adjoint_roll, observe, tangent_roll
 from sim2real.solvers.least_squares import Objective, QuadraticModel, soft_l1
 from sim2real.unknowns import local_columns
 
@@ -103,7 +103,7 @@ def jacobian_products(misfit: Misfit, rolled: Rolled) -> tuple[Callable[[Tensor]
     J_few, index = few.jacobian.flatten(1, 2), local_columns(unknowns)[windows.episode, unknowns.count :]
     like = {key: unknowns.theta[key] for key in unknowns.free}
     theta, states, rows = rolled.values.theta, rolled.states, windows.rows
-    at = (misfit.mdp, theta), (few.A, states, rolled.actions, windows.noise)
+    path = Path(states, rolled.actions, windows.noise, few.A)
     pushed = rolled.actions.new_zeros(rolled.actions.shape)
     start_by_theta = (
         start_columns(misfit, rolled, unknowns.free, pushed)[..., : unknowns.count] if windows.warm > 1 else None
@@ -115,7 +115,7 @@ def jacobian_products(misfit: Misfit, rolled: Rolled) -> tuple[Callable[[Tensor]
         dtheta, ds0 = unravel(v[: unknowns.count], like), torch.zeros_like(states[0])
         if start_by_theta is not None:
             ds0 = start_by_theta @ v[: unknowns.count]
-        moved = tangent_roll(*at[0], *at[1], dtheta, ds0)
+        moved = tangent_roll(misfit.mdp, theta, path, dtheta, ds0)
         seen = jvp(see, (free_theta, states[rows]), (dtheta, moved[rows]))[1]
         return seen.transpose(0, 1).flatten(1) + (J_few @ v[index].unsqueeze(-1)).squeeze(-1)
 
@@ -123,7 +123,7 @@ def jacobian_products(misfit: Misfit, rolled: Rolled) -> tuple[Callable[[Tensor]
         seen = u.view(len(u), len(rows), -1).transpose(0, 1)
         by_theta, by_state = vjp(see, free_theta, states[rows])[1](seen)
         cotangent = torch.zeros_like(states).index_copy(0, rows, by_state)
-        through, by_start, _ = adjoint_roll(*at[0], unknowns.free, *at[1], cotangent)
+        through, by_start, _ = adjoint_roll(misfit.mdp, theta, unknowns.free, path, cotangent)
         gradient = u.new_zeros(len(unknowns.start))
         gradient[: unknowns.count] = ravel(by_theta) + ravel(through)
         if start_by_theta is not None:

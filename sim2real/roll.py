@@ -141,42 +141,46 @@ def forward_sensitivity(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tens
     return S_at, Phi_at
 
 
-def tangent_roll(
-    mdp: ModelMDP, theta: Params, A: Tensor, states: Tensor, actions: Tensor, noise: Tensor, dtheta: Params, ds0: Tensor
-) -> Tensor:
+@dataclass(frozen=True)
+class Path:
+    """A roll of W windows over T steps with its transition matrices."""
+
+    states: Tensor
+    """`[T+1, W, n]`"""
+    actions: Tensor
+    """`[T, W, m]`"""
+    noise: Tensor
+    """`[T, W, k]`"""
+    A: Tensor
+    """`[T, W, n, n]` ds_{t+1}/ds_t"""
+
+
+def tangent_roll(mdp: ModelMDP, theta: Params, path: Path, dtheta: Params, ds0: Tensor) -> Tensor:
     """Change `[T+1, W, n]` of the states as theta moves along `dtheta` (a subset of its keys) and the start by ds0."""
-    T, W, n = ds0.new_empty(A.shape[:3]).shape
-    flat = (states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1))
+    flat = (path.states[:-1].flatten(0, 1), path.actions.flatten(0, 1), path.noise.flatten(0, 1))
     step = lambda moved: mdp.step(theta | moved, *flat)
-    push = jvp(step, ({key: theta[key] for key in dtheta},), (dtheta,))[1].view(T, W, n)
+    push = jvp(step, ({key: theta[key] for key in dtheta},), (dtheta,))[1].unflatten(0, path.A.shape[:2])
     moved = [ds0]
-    for t in range(T):
-        moved.append(torch.baddbmm(push[t].unsqueeze(-1), A[t], moved[-1].unsqueeze(-1)).squeeze(-1))
+    for pushed, A in zip(push, path.A, strict=True):
+        moved.append(torch.baddbmm(pushed.unsqueeze(-1), A, moved[-1].unsqueeze(-1)).squeeze(-1))
     return torch.stack(moved)
 
 
 def adjoint_roll(
-    mdp: ModelMDP,
-    theta: Params,
-    free: Sequence[str],
-    A: Tensor,
-    states: Tensor,
-    actions: Tensor,
-    noise: Tensor,
-    cotangent: Tensor,
+    mdp: ModelMDP, theta: Params, free: Sequence[str], path: Path, cotangent: Tensor
 ) -> tuple[Params, Tensor, Tensor]:
     """Transpose of `tangent_roll`: gradients with respect to the free parameters, the start `[W, n]`, the actions.
 
     cotangent `[T+1, W, n]` of the states. Costs one reverse pass however many parameters there are.
     """
     adjoint = cotangent.clone()
-    for t in range(len(A) - 1, -1, -1):
-        adjoint[t] += (A[t].mT @ adjoint[t + 1].unsqueeze(-1)).squeeze(-1)
-    flat_states, flat_noise = states[:-1].flatten(0, 1), noise.flatten(0, 1)
-    step = lambda p, a: mdp.step(theta | p, flat_states, a, flat_noise)
-    pull = vjp(step, {key: theta[key] for key in free}, actions.flatten(0, 1))[1]
+    for t in range(len(path.A) - 1, -1, -1):
+        adjoint[t] += (path.A[t].mT @ adjoint[t + 1].unsqueeze(-1)).squeeze(-1)
+    states, noise = path.states[:-1].flatten(0, 1), path.noise.flatten(0, 1)
+    step = lambda p, a: mdp.step(theta | p, states, a, noise)
+    pull = vjp(step, {key: theta[key] for key in free}, path.actions.flatten(0, 1))[1]
     by_params, by_action = pull(adjoint[1:].flatten(0, 1))
-    return by_params, adjoint[0], by_action.view(actions.shape)
+    return by_params, adjoint[0], by_action.view(path.actions.shape)
 
 
 @dataclass(frozen=True)

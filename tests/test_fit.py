@@ -244,6 +244,14 @@ def test_windows_that_grow_start_errors_are_left_out_and_counted() -> None:
         build_misfit(mdp, both, theta, FitSettings(max_growth=1e-6))
 
 
+def test_a_step_that_is_unstable_at_the_start_is_noted() -> None:
+    mdp, theta, log = planted()
+    # the explicit midpoint rule with stiff friction near standstill: 1.5 * 100 / 0.17 * 0.01 s is past its limit of 2
+    stiff = theta | {"coulomb": scalar(1.5)}
+    assert any("more substeps" in note for note in fit(mdp, log, stiff, FitSettings(max_steps=1)).notes)
+    assert not any("more substeps" in note for note in fit(mdp, log, theta, FitSettings(max_steps=1)).notes)
+
+
 def test_a_run_without_windows_is_noted() -> None:
     mdp, theta, log = planted(runs=2)
     mask = log.mask.clone()

@@ -13,6 +13,7 @@ from sim2real import ModelMDP, Params, RolloutLog, WindowError, default_params
 from sim2real.gauss_newton import global_jacobian, jacobian_products, objective
 from sim2real.misfit import Misfit, linearize, roll_windows, start_error_growth
 from sim2real.roll import (
+    Path,
     WarmUp,
     adjoint_roll,
     forward_sensitivity,
@@ -190,13 +191,13 @@ def test_tangent_and_adjoint_rolls_are_transposes_of_each_other() -> None:
     free = ("A", "mu", "cf1")
     states = roll(mdp, theta, start, actions, noise)
     flat = (states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1))
-    A = step_jacobians(mdp, theta, (), *flat).state.view(7, 3, 4, 4)
+    path = Path(states, actions, noise, step_jacobians(mdp, theta, (), *flat).state.view(7, 3, 4, 4))
     generator = seeded(5)
     dtheta = {key: torch.randn((), generator=generator, dtype=torch.float64) for key in free}
     ds0 = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     cotangent = torch.randn(8, 3, 4, generator=generator, dtype=torch.float64)
-    moved = tangent_roll(mdp, theta, A, states, actions, noise, dtheta, ds0)
-    by_theta, by_start, by_action = adjoint_roll(mdp, theta, free, A, states, actions, noise, cotangent)
+    moved = tangent_roll(mdp, theta, path, dtheta, ds0)
+    by_theta, by_start, by_action = adjoint_roll(mdp, theta, free, path, cotangent)
     left = (moved * cotangent).sum()
     right = sum(dtheta[key] * by_theta[key] for key in free) + (ds0 * by_start).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)

@@ -160,9 +160,9 @@ def tune_on_rig(world: ModelMDP, theta: Params, seed: int, *, steps: int, episod
     )
 
 
-def real_returns(world: ModelMDP, gains: list[Params], episodes: int) -> list[float]:
-    """Mean real return of each gain without exploration, from starts common to all gains and seeds."""
-    noise = sample_noise(world, feedback(0.0), episodes, 2 * HORIZON, torch.Generator().manual_seed(10_000))
+def real_returns(world: ModelMDP, gains: list[Params], episodes: int, seed: int) -> list[float]:
+    """Mean real return of each gain without exploration, from new starts that are common to the gains."""
+    noise = sample_noise(world, feedback(0.0), episodes, 2 * HORIZON, torch.Generator().manual_seed(10_000 + seed))
     return [float(discounted_return(balance(world, nu, 0.0, noise).rewards, DISCOUNT).mean()) for nu in gains]
 
 
@@ -184,7 +184,7 @@ def outcome(seed: int, *, steps: int, episodes: int, judged: int) -> Outcome:
     """Identify, tune, and judge both policies on `judged` episodes of twice the length, from the same starts."""
     world, theta = rig(), identified(seed)
     result = tune_on_rig(world, theta, seed, steps=steps, episodes=episodes)
-    before, after = real_returns(world, [train(theta, {}), result.nu], judged)
+    before, after = real_returns(world, [train(theta, {}), result.nu], judged, seed)
     return Outcome(theta, result.theta, before, after, int(result.history[-1]["transitions"]))
 
 

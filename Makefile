@@ -34,7 +34,7 @@ lint: $(STAMP)
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p sim2real
 
 bench: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt ".[bench]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
 	for file in real_logs closed_loop sensitivity; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
 
 docs: $(STAMP)

@@ -18,7 +18,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
 ]
-templates_path = ["templates"]
 exclude_patterns = ["_build"]
 html_theme = "alabaster"
 html_theme_options = {"description": "simulators tuned for the real return", "page_width": "1080px"}
@@ -26,6 +25,8 @@ html_theme_options = {"description": "simulators tuned for the real return", "pa
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 default_role = "code"
+
+suppress_warnings = ["config.cache"]  # the gallery's settings hold a sorting class
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -36,4 +37,3 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "show_memory": False,
 }
-

@@ -101,4 +101,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    failed = main()
+    if failed:
+        sys.exit(failed)

@@ -13,7 +13,7 @@ from sim2real.controllers import (
     with_integral,
 )
 from sim2real.evaluation import Evaluation, EvaluationSettings, RunScore, evaluate
-from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow, fit
+from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow
 from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
@@ -89,7 +89,6 @@ __all__ = [
     "expected_return",
     "exploring_policy",
     "export_policy",
-    "fit",
     "from_unbounded",
     "gain_schedule_policy",
     "gaussian_policy",

@@ -27,7 +27,7 @@ class TuneSettings:
     confidence: float = 0.95
     """one-sided confidence with which the recorded returns must have fallen for a step to be undone on their account"""
     gradient_tol: float = 1e-8
-    """the search has converged when the scaled gradient (free of the box) is below this, relative to |J_real|"""
+    """the search has converged when the scaled gradient (free of the box) is below this, relative to `|J_real|`"""
     damping: float = 0.0
     """added to -J_nunu in the sensitivity, in its units; a policy with redundant parameters (a network) needs some"""
     likelihood_weight: float = 0.0

@@ -49,7 +49,7 @@ class TuneStep:
     nu: Params
     grad: Params
     info: dict[str, Tensor]
-    """"real_return", "real_return_stderr", "stationarity" (|grad_nu J|), "residual" (of the linear solve) and, where
+    """"real_return", "real_return_stderr", "stationarity" (`|grad_nu J|`), "residual" (of the linear solve) and, where
     known, "error_bound"; and all that the gradient estimator reports ("effective_sample_size", "stderr", ...)"""
     report: SolveReport
     """converged: nu is a stationary in-sim optimum, the critic is stable, the linear solve reached its tolerance"""

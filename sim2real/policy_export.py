@@ -87,15 +87,24 @@ def export_policy(
     """Write the policy at nu into `folder`: `policy.pt2` and, for linear and multilayer policies, the numpy form.
 
     `module` None: `a = -K s + k` with `nu = {"gain": K [m, n], "offset": k [m]}` (as `linear_policy`). Else nu holds
-    the module's parameters (as `module_policy`). Raises `PolicyExportError` when nu and the module do not match.
+    the module's parameters (as `module_policy`). Raises `PolicyExportError` when nu is not finite, nu and the module do
+    not match, or the names are not one per state or action.
     """
+    bad = sorted(key for key, value in nu.items() if not bool(torch.isfinite(value).all()))
+    if bad:
+        raise PolicyExportError(f"the policy parameters {bad} are not finite; nothing was written")
     network = _linear(nu) if module is None else _filled(module, nu)
-    width = _input_width(network)
+    width, count = _widths(network)
+    for name, given, wanted in (("state_names", state_names, width), ("action_names", action_names, count)):
+        if given and len(given) != wanted:
+            raise PolicyExportError(f"{name} {given} are {len(given)}, the policy has {wanted}")
     folder.mkdir(parents=True, exist_ok=True)
     program = _program(network, torch.zeros(2, width, dtype=next(iter(nu.values())).dtype))
     write_atomic(folder / "policy.pt2", program)
     layers = _layers(network)
     if layers is None:
+        for stale in ("policy.npz", "run_policy.py"):  # of an earlier policy in this folder
+            (folder / stale).unlink(missing_ok=True)
         return ExportedPolicy(folder / "policy.pt2", None, None)
     arrays = _arrays(layers) | {"state_names": np.array(state_names, "U"), "action_names": np.array(action_names, "U")}
     buffer = io.BytesIO()
@@ -121,7 +130,8 @@ def load_numpy_policy(path: Path) -> Arrays:
 
 
 def _linear(nu: Params) -> nn.Module:
-    if "gain" not in nu or nu.keys() - {"gain", "offset"} or nu["gain"].dim() != 2:
+    fits = "gain" in nu and not nu.keys() - {"gain", "offset"} and nu["gain"].dim() == 2
+    if not fits or ("offset" in nu and nu["offset"].shape != nu["gain"].shape[:1]):
         raise PolicyExportError(
             f"a linear policy has nu = {{'gain': [m, n], 'offset': [m]}}, got "
             f"{ {key: tuple(value.shape) for key, value in nu.items()} }; pass the module of any other policy"
@@ -145,11 +155,12 @@ def _filled(module: nn.Module, nu: Params) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _input_width(network: nn.Module) -> int:
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            return layer.in_features
-    raise PolicyExportError("cannot tell the dimension of the state: the module has no nn.Linear layer")
+def _widths(network: nn.Module) -> tuple[int, int]:
+    """Dimensions of the state and of the action."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise PolicyExportError("cannot tell the dimension of the state: the module has no nn.Linear layer")
+    return layers[0].in_features, layers[-1].out_features
 
 
 def _program(network: nn.Module, example: Tensor) -> bytes:

@@ -96,8 +96,10 @@ class Squared(nn.Module):
 )
 def test_modules_that_numpy_cannot_express_are_exported_for_torch_only(tmp_path: Path, module: nn.Module) -> None:
     nu = {key: value.detach() for key, value in module.named_parameters()}
+    export_policy(tmp_path, {"gain": torch.zeros(2, 3)})  # whose numpy form must not outlive it
     files = export_policy(tmp_path, nu, module)
     assert files.numpy is None
+    assert not (tmp_path / "run_policy.py").exists()
     assert not (tmp_path / "policy.npz").exists()
     torch.testing.assert_close(torch.export.load(files.torch).module()(STATES), module(STATES).detach())
 
@@ -117,6 +119,13 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         export_policy(tmp_path, {"weights": torch.zeros(2, 3)})
     with pytest.raises(PolicyExportError, match="shapes differ"):
         export_policy(tmp_path, {key: value.detach()[:1] for key, value in module.named_parameters()}, module)
+    with pytest.raises(PolicyExportError, match="linear policy has nu"):
+        export_policy(tmp_path, {"gain": torch.zeros(2, 3), "offset": torch.zeros(3)})
+    with pytest.raises(PolicyExportError, match=r"'gain'\] are not finite"):
+        export_policy(tmp_path, {"gain": torch.full((2, 3), torch.nan)})
+    with pytest.raises(PolicyExportError, match=r"state_names \('x',\) are 1, the policy has 3"):
+        export_policy(tmp_path, {"gain": torch.zeros(2, 3)}, state_names=("x",))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(PolicyExportError, match="cannot tell the dimension"):
         export_policy(tmp_path, {}, nn.Sequential(nn.Tanh()))
 

@@ -33,6 +33,23 @@ class TuneSettings:
     likelihood_weight: float = 0.0
     """weight of the log-likelihood, in units of return per nat"""
 
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} = {getattr(self, name)} (must be {wanted})"
+            for name, wanted, holds in (
+                ("max_steps", ">= 0", self.max_steps >= 0),
+                ("radius", "in (0, max_radius]", 0 < self.radius <= self.max_radius < float("inf")),
+                ("min_radius", ">= 0", self.min_radius >= 0),
+                ("confidence", "in (0, 1)", 0 < self.confidence < 1),
+                ("gradient_tol", ">= 0", self.gradient_tol >= 0),
+                ("damping", ">= 0 and finite", 0 <= self.damping < float("inf")),
+                ("likelihood_weight", ">= 0 and finite", 0 <= self.likelihood_weight < float("inf")),
+            )
+            if not holds
+        ]
+        if wrong:
+            raise ValueError(f"the settings of tune hold {', '.join(wrong)}")
+
 
 @dataclass(frozen=True)
 class Space:
@@ -84,9 +101,10 @@ def tuning_space(theta: Params, box: Box, free: tuple[str, ...], scale: Params |
     The default scale is a tenth of the box, or of the root mean square of the value where the box is open.
     Raises `ValueError` for unknown names, a theta outside the box, or scales that are not positive and finite.
     """
-    unknown = sorted(set(free) - theta.keys())
-    if unknown:
-        raise ValueError(f"free names {unknown}, theta has {sorted(theta)}")
+    for name, names in (("free", free), ("scale", tuple(scale or ()))):
+        unknown = sorted(set(names) - theta.keys())
+        if unknown or len(set(names)) < len(names):
+            raise ValueError(f"{name} names {unknown or list(names)}, theta has {sorted(theta)}, each to be named once")
     keys = free if free else tuple(theta)
     for key in keys:
         if not torch.equal(project(box, {key: theta[key]})[key], theta[key]):
@@ -95,6 +113,8 @@ def tuning_space(theta: Params, box: Box, free: tuple[str, ...], scale: Params |
     def width(key: str) -> Tensor:
         value = theta[key].detach().double()
         if scale is not None and key in scale:
+            if scale[key].shape not in (value.shape, torch.Size([])):
+                raise ValueError(f"scale['{key}'] is {list(scale[key].shape)}, theta['{key}'] {list(value.shape)}")
             return scale[key].double().expand_as(value)
         span = box.high.get(key, float("inf")) - box.low.get(key, -float("inf"))
         size = float(value.square().mean().sqrt()) or 1.0

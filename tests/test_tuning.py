@@ -463,12 +463,34 @@ def test_worse_steps_are_undone() -> None:
     [
         ({"free": ("c",)}, "free names .'c'."),
         ({"box": Box(low={"a": 0.5})}, "outside its box"),
+        ({"free": ("a", "a")}, "free names .'a', 'a'., theta has .*, each to be named once"),
         ({"scale": {"a": torch.tensor(0.0)}}, "scale must be positive"),
+        ({"scale": {"c": torch.tensor(1.0)}}, "scale names .'c'."),
+        ({"scale": {"b": torch.ones(3)}}, r"scale\['b'\] is \[3\], theta\['b'\] \[2\]"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tune_toy(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": -1},
+        {"radius": 0.0},
+        {"radius": 5.0},
+        {"confidence": 1.0},
+        {"gradient_tol": math.nan},
+        {"damping": -1.0},
+        {"likelihood_weight": math.nan},
+        {"min_radius": -1.0},
+    ],
+)
+def test_bad_settings_are_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"settings of tune hold {name} = {options[name]} "):
+        TuneSettings(**options)
 
 
 # ----------------------------------------------------------------------------------------------------- tune, sampled

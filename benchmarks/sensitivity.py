@@ -51,6 +51,7 @@ class Problem:
 
 
 def problem(n: int, m: int, seed: int) -> Problem:
+    """A random system of n states and m actions, its start 1 % off the optimal gain."""
     system = random_system(n, m, seed)
     tensors = {key: torch.tensor(value) for key, value in system.items()}
     K = torch.tensor(optimal_gain(system)[1])
@@ -67,6 +68,7 @@ def problem(n: int, m: int, seed: int) -> Problem:
 
 
 def in_sim_return(p: Problem, theta: Params, nu: Params) -> Tensor:
+    """`-tr P` of a fixed gain, exact; its maximiser is the optimal gain."""
     K = nu["gain"]
     cost = p.fixed["Q"] + K.mT @ p.fixed["R"] @ K
     return -lyapunov(theta["A"] - theta["B"] @ K, cost, p.fixed["discount"]).diagonal().sum()
@@ -80,10 +82,12 @@ def layer(p: Problem) -> Callable[[Params], Tensor]:
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
+    """Relative error in the Frobenius norm."""
     return float((value - reference).norm() / reference.norm())
 
 
 def worst(values: Params, reference: Params) -> float:
+    """The largest relative error over the tensors."""
     return max(relative(values[key], reference[key]) for key in reference)
 
 
@@ -93,6 +97,7 @@ def pair(p: Problem) -> Params:
 
 
 def vjp_error(p: Problem) -> float:
+    """The worst relative error of all reverse-mode routes, against Bellman by scipy."""
     expected = {key: torch.einsum("mn,mn...->...", p.cotangent, value) for key, value in p.jacobian.items()}
     g, J, f = {"gain": p.cotangent}, partial(in_sim_return, p), layer(p)
     nu = policy_optimum(J, p.theta, p.start).nu
@@ -109,6 +114,7 @@ def vjp_error(p: Problem) -> float:
 
 
 def jvp_error(p: Problem) -> float:
+    """The worst relative error of all forward-mode routes, against Bellman by scipy."""
     columns = {"A": "mnij,ij->mn", "B": "mnij,ij->mn"}
     expected = sum(torch.einsum(columns[key], p.jacobian[key], p.tangent[key]) for key in columns)
     J, f = partial(in_sim_return, p), layer(p)
@@ -124,6 +130,7 @@ def jvp_error(p: Problem) -> float:
 
 
 def jacobian_error(p: Problem) -> float:
+    """The worst relative error of jacrev and jacfwd of the layer, against Bellman by scipy."""
     return max(worst(mode(layer(p))(p.theta), p.jacobian) for mode in (jacrev, jacfwd))
 
 
@@ -170,6 +177,7 @@ def lqr_sensitivity_errors(quick: bool) -> Iterator[Figure]:
 
 
 def derivative_failures(quick: bool) -> Iterator[Figure]:
+    """See `benchmarks/derivatives.py`."""
     from benchmarks.derivatives import derivative_failures as failures
 
     yield from failures(quick)

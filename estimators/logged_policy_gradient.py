@@ -8,7 +8,8 @@ With Q and the discounted visits zeta of the policy estimated by the least-squar
 d the discounted state visits of pi (total 1 / (1 - discount)): the first states, and discount * zeta_i at the successor
 s'_i of every transition ("ratio", for data of any policy), or discount^t at the recorded states ("discounted", for
 data of the policy itself). With "ratio" the deterministic form is the exact derivative of the estimated return
-J = E phi(s_0, pi)^T w. The expectation over actions is a quadrature over the policy's noise.
+J = E phi(s_0, pi)^T w. The expectation over actions is a quadrature over the policy's noise; for a discrete policy it
+takes the probabilities of the actions as multiples of 1/64.
 References: D. Silver et al., Deterministic Policy Gradient Algorithms, 2014, eq. 9 (states weighted by discount^t);
 K. Ciosek and S. Whiteson, Expected Policy Gradients, 2018; the critic: see `critic.py`.
 """

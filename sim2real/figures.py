@@ -261,15 +261,20 @@ def spectrum_figure(spectrum: Tensor, open_directions: int) -> str:
 
 
 def convergence_figure(history: Sequence[Mapping[str, float]]) -> str:
-    """Loss and gradient norm of every step."""
+    """Loss and gradient norm of every step, by stage of the search."""
+    stages = (("some windows", 0.0, GREY), ("scan of the delay", 1.0, ORANGE), ("all windows", 2.0, BLUE))
 
     def paint(axes: Any) -> None:
         left, right = axes[0]
         for ax, key, label in ((left, "loss", "loss [1]"), (right, "gradient", "gradient norm [1]")):
-            points = [(record["step"], record[key]) for record in history if record.get(key, 0.0) > 0]
-            if points:
-                ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
+            for name, stage, color in stages:
+                positive = [record for record in history if record["stage"] == stage and record[key] > 0]
+                if positive:
+                    steps, values = ([record[axis] for record in positive] for axis in ("step", key))
+                    ax.plot(steps, values, color=color, marker="o", ms=3, lw=0 if stage == 1.0 else 1.5, label=name)
+            if ax.lines:
                 log_axis(ax, "y")
+                ax.legend()
             ax.set_xlabel("step")
             ax.set_ylabel(label)
             ax.xaxis.get_major_locator().set_params(integer=True)

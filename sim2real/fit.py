@@ -111,7 +111,8 @@ class FitResult:
     """each: a combination of parameters (name -> component, scaled) that the data do not fix"""
     report: SolveReport
     history: tuple[dict[str, float], ...]
-    """before each step of the last stage: "step", "loss", "gradient", "damping", and "taken" (0: refused)"""
+    """before each step: "step", "loss", "gradient", "damping", "taken" (0: refused) and "stage" (0: rough fit on some
+    of the windows, 1: scan of the delay, 2: fit on all windows); losses of different stages do not compare"""
     training: Comparison
     """errors on the training windows"""
     left_out: Comparison | None
@@ -278,7 +279,7 @@ def _compare(
 
 
 def _history(found: Minimum) -> tuple[dict[str, float], ...]:
-    names = ("loss", "gradient", "damping", "taken")
+    names = ("loss", "gradient", "damping", "taken", "stage")
     rows = found.history.tolist()
     return tuple({"step": float(k)} | dict(zip(names, row, strict=True)) for k, row in enumerate(rows))
 

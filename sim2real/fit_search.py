@@ -7,8 +7,9 @@
 3. Full: all windows, w^2 in the Hessian: nearly as fast as the exact w^3 and, where friction sticks and the misfit is
    rough, several times fewer refused steps (double pendulum, 636 windows: 4 steps against more than 20).
 
-A snapshot is that of the running `levenberg_marquardt` plus the number of the stage, the best x so far with its misfit
-and the candidates; everything else is recomputed from them, so a resumed search ends bitwise equal.
+A snapshot is that of the running `levenberg_marquardt` plus the number of the stage, the best x so far with its
+misfit, the candidates and the steps of the stages before; everything else is recomputed from them, so a resumed search
+ends bitwise equal.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Search:
     """misfit of `best` on the rough windows"""
     candidates: Tensor
     """`[K]` delays to refine, s"""
+    history: Tensor
+    """`[S, 5]` steps of the stages before: those of `Minimum.history`, and 0: rough, 1: scan, 2: full"""
 
 
 def search(
@@ -59,18 +62,20 @@ def search(
 ) -> Minimum:
     """Minimise the misfit from the start values of its unknowns; see the module for the stages and snapshots.
 
+    `history` of the result is that of `Search`, of all stages; `report.steps` counts them all.
     Raises `ValueError` when the model diverges at the start values, or for a snapshot of another fit.
     """
     unknowns, rough = misfit.unknowns, rough_windows(misfit)
     inner: Params | None = None
     if state is None:
-        now = Search(0, unknowns.start, torch.full_like(unknowns.start.sum(), torch.inf), unknowns.start.new_zeros(0))
+        x = unknowns.start
+        now = Search(0, x, torch.full_like(x.sum(), torch.inf), x.new_zeros(0), x.new_zeros(0, 5))
     else:
         now, inner = _unpack(state, unknowns.start)
     while now.stage <= len(now.candidates):
         found = _rough_stage(rough, now, max_steps, _reporter(on_step, now), inner)
         now, inner = _next(rough, now, found), None
-    return levenberg_marquardt(
+    found = levenberg_marquardt(
         objective(misfit, power=2),
         now.best,
         low=unknowns.low,
@@ -80,6 +85,12 @@ def search(
         on_step=_reporter(on_step, now),
         state=inner,
     )
+    history = torch.cat([now.history, _steps(found, 2)])
+    return replace(found, history=history, report=replace(found.report, steps=len(history)))
+
+
+def _steps(found: Minimum, kind: int) -> Tensor:
+    return torch.cat([found.history, torch.full_like(found.history[:, :1], kind)], 1)
 
 
 def rough_windows(misfit: Misfit) -> Misfit:
@@ -113,8 +124,9 @@ def _next(rough: Misfit, now: Search, found: Minimum) -> Search:
     """The state of the search after a rough stage."""
     better = bool(found.value < now.value)
     best, value = (found.x, found.value) if better else (now.best, now.value)
+    history = torch.cat([now.history, _steps(found, min(now.stage, 1))])
     candidates = _candidates(rough, best) if now.stage == 0 and rough.unknowns.delay else now.candidates
-    return Search(now.stage + 1, best, value, candidates)
+    return Search(now.stage + 1, best, value, candidates, history)
 
 
 def _candidates(rough: Misfit, x: Tensor) -> Tensor:
@@ -136,12 +148,13 @@ def _reporter(on_step: Callable[[Params], None] | None, now: Search) -> Callable
         "search.best": now.best,
         "search.value": now.value,
         "search.candidates": now.candidates,
+        "search.history": now.history,
     }
     return lambda inner: on_step(inner | {key: value.clone() for key, value in outer.items()})
 
 
 def _unpack(state: Params, start: Tensor) -> tuple[Search, Params]:
-    keys = ("stage", "best", "value", "candidates")
+    keys = ("stage", "best", "value", "candidates", "history")
     missing = [f"search.{key}" for key in keys if f"search.{key}" not in state]
     if missing or state["search.best"].shape != start.shape:
         raise ValueError(f"the snapshot is not one of this fit: it lacks {missing} or has another number of unknowns")

@@ -23,14 +23,13 @@ from sim2real import (
     WindowError,
     default_params,
     evaluate,
-    fit,
     fit_facts,
     gauss_newton,
     load_log,
     select_episodes,
 )
 from sim2real import fit_search as search_module
-from sim2real.fit import build_misfit
+from sim2real.fit import build_misfit, fit
 from sim2real.simulators import building_rc, double_pendulum, pendulum
 
 HOUR = 3600.0

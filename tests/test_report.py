@@ -54,7 +54,7 @@ def result(*, signals: int = 1, runs: int = 2, left_out: bool = True) -> FitResu
     square = torch.eye(4).double() - 0.3 * (1 - torch.eye(4).double())
     square[3, 0] = math.nan
     pair = Comparison(evaluation(0.03, signals=signals, runs=runs), evaluation(0.3, signals=signals, runs=runs))
-    history = tuple({"step": float(k), "loss": 0.1**k + 0.01, "gradient": 0.1**k} for k in range(4))
+    history = tuple({"step": float(k), "loss": 0.1**k + 0.01, "gradient": 0.1**k, "stage": 2.0} for k in range(4))
     return FitResult(
         theta={"mgl": torch.tensor(2.5)}, nuisance={}, rows=rows, correlation=square, covariance=square,
         spectrum=torch.tensor([1e4, 1e2, 1e-3, 0.0]).double(), directions=({"inertia": 0.8, "mgl": -0.6},),

@@ -116,6 +116,8 @@ def _check_like(reference: Params, other: Params, what: str) -> None:
     for key, value in reference.items():
         if other[key].shape != value.shape:
             raise ValueError(f"{what} has shape {tuple(other[key].shape)} for '{key}', expected {tuple(value.shape)}")
+        if not bool(torch.isfinite(other[key]).all()):
+            raise ValueError(f"{what} is not finite for '{key}'")
 
 
 def _like(params: Params, like: Params) -> Params:

@@ -290,6 +290,8 @@ def test_dtype_of_the_inputs_is_returned_and_keys_are_checked() -> None:
         policy_sensitivity(J, theta, nu, cotangent={"y": torch.ones(2)})
     with pytest.raises(ValueError, match=r"cotangent of vjp has shape \(1, 2\) for 'x', expected \(2,\)"):
         sensitivity.vjp({"x": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match="tangent of jvp is not finite for 't'"):
+        sensitivity.jvp({"t": torch.tensor([1.0, torch.nan])})
     with pytest.raises(ValueError, match=r"tangent of jvp has shape \(\)"):
         sensitivity.jvp({"t": torch.ones(())})
 

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script, and a module of the folder `benchmarks`
 
-from benchmarks.bars import Figure, main
+from benchmarks.bars import Figure, MissingError, main
 from benchmarks.intervals import intervals
 from sim2real.bounds import default_params
 from sim2real.evaluation import Evaluation, EvaluationSettings, evaluate
@@ -63,8 +63,15 @@ FORECAST = EvaluationSettings(
 )
 
 
+def data(folder: str) -> Path:
+    """A folder of real logs; their public origins are named above."""
+    if not (DATA / folder).is_dir():
+        raise MissingError(f"no folder '{folder}' in the data; SIM2REAL_DATA names the folder that holds it")
+    return DATA / folder
+
+
 def double_pendulum_log(torque: str, runs: tuple[str, ...]) -> RolloutLog:
-    folder = DATA / "double_pendulum" / "design_A"
+    folder = data("double_pendulum") / "design_A"
     return load_log([folder / f"{run}.csv" for run in runs], SCHEMAS / f"double_pendulum_{torque}.yaml")
 
 
@@ -73,7 +80,7 @@ def excitation(torque: str, runs: tuple[str, ...]) -> RolloutLog:
 
 
 def simple_pendulum_log() -> RolloutLog:
-    files = [DATA / "simple_pendulum" / f"{run}.csv" for run in ("excitation_pd", *SWING_UPS)]
+    files = [data("simple_pendulum") / f"{run}.csv" for run in ("excitation_pd", *SWING_UPS)]
     return load_log(files, SCHEMAS / "simple_pendulum.yaml")
 
 
@@ -143,7 +150,7 @@ def sp_fit(quick: bool) -> Iterator[Figure]:
 def house_fit(quick: bool) -> Iterator[Figure]:
     """One forecast of 120 h after 23 days of data; the trivial forecasts stand beside it."""
     mdp = building_rc(3)
-    log = load_log(DATA / "house_heating" / "house_2019-12_28days.csv", SCHEMAS / "house.yaml")
+    log = load_log(data("house_heating") / "house_2019-12_28days.csv", SCHEMAS / "house.yaml")
     found = fit(mdp, log, default_params(mdp.box), HOUSE_FIT)
     scored = evaluate(mdp, log, found.theta, None, FORECAST)
     yield Figure("rmse", scored.rmse, "degC", 120, 0.296)

@@ -60,6 +60,8 @@ def linear_gaussian(
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
         following = mean(theta, state, action)
         if not noisy:
+            if "noise_scale" in theta:
+                raise ValueError("theta has a noise_scale but the model no noise: pass noise_covariance, or drop it")
             return following
         noise = _apply(_like(factor, e), e)
         return following + (theta["noise_scale"].unsqueeze(-1) * noise if "noise_scale" in theta else noise)

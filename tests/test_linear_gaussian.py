@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from problems import CASES, EXACT, scalar, seeded, stack
 
@@ -65,3 +66,10 @@ def test_quadratic_cost_and_start_of_linear_systems() -> None:
     assert mdp.log_prob is None
     assert mdp.noise_dims == (2, 0)
     assert mdp.step({"A": A, "B": B}, state, action, e0[:, :0]).tolist() == [[5.0, 2.0]]
+
+
+def test_a_noise_scale_without_noise_is_named() -> None:
+    mdp = linear_gaussian(torch.eye(2).double(), torch.ones(2, 1).double())
+    theta = default_params(mdp.box) | {"noise_scale": torch.tensor(2.0).double()}
+    with pytest.raises(ValueError, match="noise_covariance"):
+        mdp.step(theta, torch.zeros(1, 2).double(), torch.zeros(1, 1).double(), torch.zeros(1, 0).double())

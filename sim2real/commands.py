@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -30,9 +30,11 @@ from sim2real.parameter_file import (
 )
 from sim2real.params import Params
 from sim2real.report import fit_report, row_flags
+from sim2real.tuning import TuneSettings
 from sim2real.workspace import Workspace, log_digest, open_workspace, save_snapshot, write_log_line
 
 ExitCode = Literal[0, 1, 2, 3, 4, 5, 130]
+Settings = TypeVar("Settings", FitSettings, EvaluationSettings, TuneSettings)
 UNSHARED = ("out", "resume", "strict", "report")
 """keys that do not change a result: a run resumes one that had others"""
 Progress = Callable[[int, int, str], None]
@@ -63,6 +65,8 @@ def fit_command(config: FitConfig, words: Sequence[str], progress: Progress) -> 
         if config.report:
             html = fit_report(result, parameters, spec["_target_"].rpartition(".")[2])
             write_atomic(workspace.folder / "report.html", html.encode())
+        else:
+            (workspace.folder / "report.html").unlink(missing_ok=True)  # of an earlier result
         flagged = [row.name for row in result.rows if row_flags(row)]
         code: ExitCode = 3 if not result.report.converged or (config.strict and flagged) else 0
         message = _fit_message(workspace.folder, result, flagged)
@@ -72,6 +76,7 @@ def fit_command(config: FitConfig, words: Sequence[str], progress: Progress) -> 
 
 def evaluate_command(config: EvaluateConfig, words: Sequence[str], progress: Progress) -> Outcome:
     """Errors of a parameter set on a log, under the evaluation protocol."""
+    settings = library_settings(EvaluationSettings, config.evaluation)
     given = None if config.params is None else read_parameters(Path(config.params))
     dt = model_dt(config.model) or (given.model.get("dt") if given else None)
     log = read_log(config, dt)
@@ -79,7 +84,6 @@ def evaluate_command(config: EvaluateConfig, words: Sequence[str], progress: Pro
     theta = start_values(mdp, config.theta, given)
     if config.episodes:
         log = choose_episodes(log, config.episodes)
-    settings = EvaluationSettings(**library_values(config.evaluation, EvaluationSettings))
     nuisance = shared_nuisance(given, settings) if given and config.nuisance else None
     scored = evaluate(mdp, log, theta, nuisance, settings)
     document = finite_json({"log": log.source, "params": config.params, **evaluation_document(scored)})
@@ -181,14 +185,17 @@ def fit_settings(config: FitConfig, mdp: ModelMDP, log: RolloutLog) -> FitSettin
     free = tuple(name for name in options.free or known if name not in options.fixed)
     if not free:
         raise UsageError("fit.fixed holds every parameter that fit.free names: nothing is left to fit")
-    values = library_values(options, FitSettings)
-    return FitSettings(**{**values, "free": free, "leave_out": tuple(config.leave_out)})
+    return library_settings(FitSettings, options, free=free, leave_out=tuple(config.leave_out))
 
 
-def library_values(options: Any, settings: type) -> dict[str, Any]:
-    """The fields of `options` that `settings` has, lists as tuples."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return {name: _tuples(value) for name, value in vars(options).items() if name in names}
+def library_settings(kind: type[Settings], options: Any, **more: Any) -> Settings:
+    """`kind` from its fields in `options`, lists as tuples, and `more`. Raises `UsageError` for wrong values."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    values = {name: _tuples(value) for name, value in vars(options).items() if name in names}
+    try:
+        return kind(**(values | more))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _tuples(value: Any) -> Any:

@@ -7,6 +7,7 @@ A window that is not finite has error infinity.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -20,14 +21,20 @@ from sim2real.mdp import ModelMDP
 from sim2real.misfit import Misfit, Rolled, linearize, roll_windows, start_error_growth
 from sim2real.params import Params
 from sim2real.rollout_log import RolloutLog
+from sim2real.solve_report import UnconvergedWarning
 from sim2real.solvers.least_squares import levenberg_marquardt
 from sim2real.unknowns import Nuisance, make_unknowns
 from sim2real.windows import Channels, WindowChoice, WindowError, Windows, cut_windows, match_channels, steps_of, subset
 
 
+def window_choice(settings: Any) -> WindowChoice:
+    """The fields of `FitSettings` or `EvaluationSettings` that choose windows."""
+    return WindowChoice(**{field.name: getattr(settings, field.name) for field in fields(WindowChoice)})
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Which windows are scored; fields as in `FitSettings`. Times in s."""
+    """Which windows are scored; fields as in `FitSettings`. Times in s. Raises `ValueError` naming a wrong value."""
 
     signals: tuple[str, ...] = ()
     horizon: float = 0.5
@@ -40,13 +47,28 @@ class EvaluationSettings:
     max_growth: float = 10.0
     """windows over which the model amplifies a start error by more are left out of the `calm` figures"""
     zeros: Literal["none", "estimated"] = "none"
-    """estimated: each run's sensor zeros from its own windows of `zero_horizon` that end at or before `zero_until`"""
+    """estimated: each run's sensor zeros from its own windows of `zero_horizon` that end at or before `zero_until`; the
+    windows that are scored then start at or after it"""
     zero_horizon: float = 0.5
     zero_until: float = 2.0
     warmup: float = 0.0
     pull: float = 0.02
     season: float = 0.0
     """s; > 0 adds the baseline "the value one season (a week: 604800) before" """
+
+    def __post_init__(self) -> None:
+        window_choice(self)
+        inf = float("inf")
+        for name, wanted, holds in (
+            ("max_growth", "> 0", self.max_growth > 0),
+            ("zeros", "'none' or 'estimated'", self.zeros in ("none", "estimated")),
+            ("zero_horizon", "> 0 and finite", 0 < self.zero_horizon < inf),
+            ("zero_until", "> 0 and finite", 0 < self.zero_until < inf),
+            ("pull", ">= 0 and finite", 0 <= self.pull < inf),
+            ("season", ">= 0 and finite", 0 <= self.season < inf),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +147,11 @@ def evaluate(
     if "delay" in nuisance:
         log = replace(log, actions=delayed_actions(log, nuisance["delay"]))
     channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
-    windows = cut_windows(mdp, log, channels, window_choice(settings))
+    choice = window_choice(settings)
+    if settings.zeros == "estimated":
+        # no window is scored with a zero that was fitted to it
+        choice = replace(choice, start_after=max(choice.start_after, settings.zero_until))
+    windows = cut_windows(mdp, log, channels, choice)
     if settings.zeros == "estimated":
         zero = estimate_zeros(mdp, log, channels, theta, settings)
     else:
@@ -137,11 +163,6 @@ def evaluate(
     elif growth.shape != windows.start.shape:
         raise WindowError(f"growth has shape {tuple(growth.shape)}, there are {len(windows.start)} windows")
     return _summary(_Scored(misfit, rolled, growth), log, settings, zero)
-
-
-def window_choice(settings: Any) -> WindowChoice:
-    """The fields of `FitSettings` or `EvaluationSettings` that choose windows."""
-    return WindowChoice(**{field.name: getattr(settings, field.name) for field in fields(WindowChoice)})
 
 
 def _given_zeros(nuisance: Params, log: RolloutLog, channels: Channels) -> Tensor:
@@ -175,10 +196,15 @@ def estimate_zeros(
     windows = cut_windows(mdp, log, channels, choice)
     misfit = _with_zeros(mdp, log, channels, windows, theta, settings.pull)
     finite = torch.isfinite(roll_windows(misfit, misfit.unknowns.start).residual).flatten(1).all(1)
-    if not bool(finite.any()):
+    found_in = set(windows.episode[finite].tolist())
+    if lost := [name for run, name in enumerate(log.names["episode"]) if run not in found_in]:
+        warnings.warn(f"no finite window tells the sensor zeros of {lost}: taken as 0", UserWarning, stacklevel=3)
+    if not found_in:
         return misfit.unknowns.start[misfit.unknowns.zero]
     problem = objective(replace(misfit, windows=subset(windows, finite)))
     found = levenberg_marquardt(problem, misfit.unknowns.start, tolerance=1e-6)
+    if not found.report.converged:
+        warnings.warn(f"the sensor zeros did not converge: {found.report.status}", UnconvergedWarning, stacklevel=3)
     return found.x[misfit.unknowns.zero]
 
 

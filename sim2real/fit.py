@@ -25,12 +25,15 @@ from sim2real.rollout_log import RolloutLog
 from sim2real.solve_report import SolveReport
 from sim2real.solvers.least_squares import Minimum
 from sim2real.unknowns import Nuisance, make_unknowns, take_apart
-from sim2real.windows import WindowError, cut_windows, match_channels, subset
+from sim2real.windows import WindowError, cut_windows, is_pair, match_channels, subset
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is fitted to which windows. Times in s; values in the units of the signals and parameters."""
+    """What is fitted to which windows. Times in s; values in the units of the signals and parameters.
+
+    Raises `ValueError` naming a value that makes no sense.
+    """
 
     free: tuple[str, ...] = ()
     """parameters to fit; empty: all that the model's box names"""
@@ -84,6 +87,31 @@ class FitSettings:
     block: float = 2.0
     """shortest block of windows that the intervals delete, s; at least four windows long anyway"""
 
+    def __post_init__(self) -> None:
+        window_choice(self)
+        inf = float("inf")
+        for name, wanted, holds in (
+            ("sample_every", ">= 1", self.sample_every >= 1),
+            ("max_growth", "> 0", self.max_growth > 0),
+            ("loss_scale", "> 0 and finite (unit of the signals)", 0 < self.loss_scale < inf),
+            ("zeros", "'none', 'shared' or 'per_run'", self.zeros in ("none", "shared", "per_run")),
+            ("zero_std", "> 0", self.zero_std > 0),
+            ("delay_bounds", "(low, high)", is_pair(self.delay_bounds)),
+            ("velocity_std", "> 0", self.velocity_std > 0),
+            ("pull", ">= 0 and finite", 0 <= self.pull < inf),
+            ("prior_width", ">= 0", self.prior_width >= 0),
+            ("max_steps", ">= 0", self.max_steps >= 0),
+            ("tolerance", ">= 0 and finite", 0 <= self.tolerance < inf),
+            ("block", ">= 0 and finite", 0 <= self.block < inf),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        for name, prior in self.priors.items():
+            if not (is_pair(prior) and abs(prior[0]) < inf and prior[1] > 0):
+                raise ValueError(f"the prior of '{name}' needs (mean, standard deviation > 0), got {prior!r}")
+        if self.initial_velocity and self.warmup > 0:
+            raise ValueError("initial_velocity corrects measured starts; with a warmup the start is not measured")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -133,7 +161,7 @@ def fit(
 
     `on_step` gets an exact snapshot (flat dict of tensors) after every step; a run resumed from it (`state`) ends
     bitwise equal to the unbroken one. Raises `WindowError` (a `ValueError`) when log and model do not go together, and
-    `ValueError` for settings that make no sense or a start at which the model diverges.
+    `ValueError` for names that the model or the log does not have, or a start at which the model diverges.
     """
     runs = _training_runs(log, settings)
     misfit, notes = build_misfit(mdp, runs, theta, settings)
@@ -180,10 +208,6 @@ def build_misfit(
     missing = [name for name in mdp.box.default if name not in theta]
     if missing:
         raise ValueError(f"theta lacks {missing}; start from default_params(mdp.box)")
-    if not settings.loss_scale > 0:
-        raise ValueError(f"loss_scale must be > 0 (unit of the signals), got {settings.loss_scale}")
-    if settings.initial_velocity and settings.warmup > 0:
-        raise ValueError("initial_velocity corrects measured starts; with a warmup the start is not measured")
     channels = match_channels(mdp, log, settings.signals, warmup=settings.warmup > 0)
     windows = cut_windows(mdp, log, channels, window_choice(settings), sample_every=settings.sample_every)
     unknowns = make_unknowns(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class WindowChoice:
-    """Which windows; the fields are those of `FitSettings`."""
+    """Which windows; the fields are those of `FitSettings`. Raises `WindowError` for values that make no sense."""
 
     horizon: float
     stride: float
@@ -58,6 +59,23 @@ class WindowChoice:
     end_before: float = float("inf")
     keep: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        for name, wanted, holds in (
+            ("horizon", "> 0 and finite", 0 < self.horizon < inf),
+            ("stride", "> 0 and finite", 0 < self.stride < inf),
+            ("first_row", ">= 0", self.first_row >= 0),
+            ("margin", ">= 0", self.margin >= 0),
+            ("start_after", "finite", -inf < self.start_after < inf),
+            ("end_before", "> 0", self.end_before > 0),
+            ("warmup", ">= 0 and finite", 0 <= self.warmup < inf),
+        ):
+            if not holds:
+                raise WindowError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        for name, bounds in self.keep.items():
+            if not (is_pair(bounds) and bounds[0] < bounds[1]):
+                raise WindowError(f"keep needs (low, high) with low < high for '{name}', got {bounds!r}")
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,12 @@ def _columns(mdp: ModelMDP, log: RolloutLog, kind: str) -> Tensor:
         raise WindowError(f"the model needs the {kind} {missing}; the log has {list(present)}")
     _check_units(mdp, log, wanted)
     return torch.tensor([present.index(name) for name in wanted], dtype=torch.long)
+
+
+def is_pair(value: Any) -> bool:
+    """Whether `value` is two numbers, neither of them NaN."""
+    numbers = isinstance(value, tuple | list) and all(isinstance(item, float | int) for item in value)
+    return numbers and len(value) == 2 and all(item == item for item in value)
 
 
 def steps_of(seconds: float, dt: float, what: str) -> int:

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,13 @@ from sim2real import (
     WindowError,
     default_params,
     evaluate,
+    evaluation,
     load_log,
     select_episodes,
 )
 from sim2real.simulators import building_rc, double_pendulum, pendulum
+from sim2real.solve_report import UnconvergedWarning
+from sim2real.solvers.least_squares import levenberg_marquardt
 
 SCHEMAS = Path(__file__).parents[1] / "examples" / "schemas"
 HOUR = 3600.0
@@ -207,6 +212,33 @@ def test_zeros_of_a_run_are_found_from_its_first_seconds() -> None:
     torch.testing.assert_close(given.predicted, given.measured)
 
 
+def test_no_window_is_scored_with_a_zero_fitted_to_it() -> None:
+    mdp, theta, log = small_log(2, 400)
+    found = evaluate(mdp, log, theta, None, EvaluationSettings(zeros="estimated"))
+    assert float(found.starts.min()) * log.dt >= 2.0
+    later = evaluate(mdp, log, theta, None, EvaluationSettings(zeros="estimated", start_after=2.5))
+    assert float(later.starts.min()) * log.dt >= 2.5
+
+
+def test_zeros_that_did_not_converge_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    mdp, theta, log = small_log(1, 400)
+    monkeypatch.setattr(evaluation, "levenberg_marquardt", partial(levenberg_marquardt, max_steps=0))
+    with pytest.warns(UnconvergedWarning, match="sensor zeros did not converge: stopped after 0 steps"):
+        evaluate(mdp, replace(log, signals=log.signals + 0.05), theta, None, EvaluationSettings(zeros="estimated"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"horizon": math.nan}, {"first_row": -1}, {"max_growth": math.nan}, {"zeros": "per_run"},
+        {"zero_horizon": 0.0}, {"zero_until": math.inf}, {"pull": -1.0}, {"season": math.nan},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        EvaluationSettings(**wrong)
+
+
 def test_zeros_of_other_runs_are_refused() -> None:
     mdp, theta, log = small_log(2)
     with pytest.raises(WindowError, match="zeros of other runs do not carry over"):
@@ -232,7 +264,8 @@ def test_a_window_that_diverges_has_an_infinite_error_and_the_rest_counts() -> N
     assert math.isfinite(found.median)
     # all windows of the first two seconds diverge from every zero: nothing is estimated, nothing raises
     broken = replace(mdp, step=lambda th, s, a, e: s * torch.nan)
-    found = evaluate(broken, log, theta, None, EvaluationSettings(zeros="estimated"))
+    with pytest.warns(UserWarning, match=r"tells the sensor zeros of \['run0'\]"):
+        found = evaluate(broken, log, theta, None, EvaluationSettings(zeros="estimated"))
     assert found.runs[0].zero == (0.0,)
     assert found.median == math.inf
 

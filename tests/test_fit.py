@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -310,23 +311,40 @@ def test_many_parameters_are_fitted_by_adjoints_to_the_dense_optimum(monkeypatch
 
 def test_settings_and_starts_that_make_no_sense_are_named() -> None:
     mdp, theta, log = planted()
-    cases: list[tuple[Params, FitSettings, str]] = [
-        (theta, FitSettings(free=("mass",)), r"free names \['mass'\]"),
-        (theta, FitSettings(priors={"mass": (1.0, 1.0)}), r"priors name \['mass'\]"),
-        (theta, FitSettings(priors={"mgl": (1.0, 0.0)}), "standard deviation > 0"),
-        (theta, FitSettings(delay=True, delay_start=0.1), "delay starts at 0.1"),
-        (theta, FitSettings(loss_scale=0.0), "loss_scale"),
-        (theta, FitSettings(leave_out=("run7",)), r"leave_out names \['run7'\]"),
-        (theta, FitSettings(leave_out=("run0", "run1", "run2")), "leave_out names all"),
-        (theta, FitSettings(warmup=0.1, initial_velocity=True), "initial_velocity"),
-        (theta | {"mgl": scalar(-1.0)}, FitSettings(), "'mgl' starts at -1, outside its bounds"),
-        (theta | {"mgl": scalar(math.nan)}, FitSettings(), "not finite in"),
-        ({"mgl": scalar(3.0)}, FitSettings(), "theta lacks"),
-        (theta, FitSettings(horizon=5.0), "no window"),
+    cases: list[tuple[Params, dict[str, Any], str]] = [
+        (theta, {"free": ("mass",)}, r"free names \['mass'\]"),
+        (theta, {"priors": {"mass": (1.0, 1.0)}}, r"priors name \['mass'\]"),
+        (theta, {"priors": {"mgl": (1.0, 0.0)}}, "standard deviation > 0"),
+        (theta, {"delay": True, "delay_start": 0.1}, "delay starts at 0.1"),
+        (theta, {"loss_scale": 0.0}, "loss_scale"),
+        (theta, {"leave_out": ("run7",)}, r"leave_out names \['run7'\]"),
+        (theta, {"leave_out": ("run0", "run1", "run2")}, "leave_out names all"),
+        (theta, {"warmup": 0.1, "initial_velocity": True}, "initial_velocity"),
+        (theta | {"mgl": scalar(-1.0)}, {}, "'mgl' starts at -1, outside its bounds"),
+        (theta | {"mgl": scalar(math.nan)}, {}, "not finite in"),
+        ({"mgl": scalar(3.0)}, {}, "theta lacks"),
+        (theta, {"horizon": 5.0}, "no window"),
+        (theta, {"horizon": math.nan}, "horizon must be > 0 and finite, got nan"),
+        (theta, {"first_row": -5}, "first_row must be >= 0"),
+        (theta, {"margin": -1}, "margin must be >= 0"),
+        (theta, {"stride": math.inf}, "stride"),
+        (theta, {"end_before": math.nan}, "end_before"),
+        (theta, {"keep": {"angle": (1.0, -1.0)}}, "keep needs .low, high. with low < high for 'angle'"),
+        (theta, {"keep": {"angle": 3.0}}, "keep needs"),
+        (theta, {"priors": {"mgl": 3.0}}, "the prior of 'mgl' needs"),
+        (theta, {"priors": {"mgl": (math.nan, 1.0)}}, "the prior of 'mgl' needs"),
+        (theta, {"loss_scale": math.inf}, "loss_scale"),
+        (theta, {"zero_std": 0.0}, "zero_std"),
+        (theta, {"max_steps": -1}, "max_steps"),
+        (theta, {"tolerance": math.nan}, "tolerance"),
+        (theta, {"prior_width": math.nan}, "prior_width"),
+        (theta, {"max_growth": math.nan}, "max_growth"),
+        (theta, {"delay": True, "delay_bounds": (0.1,)}, "delay_bounds"),
+        (theta, {"zeros": "all"}, "zeros must be 'none', 'shared' or 'per_run'"),
     ]
     for start, settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            fit(mdp, log, start, settings)
+            fit(mdp, log, start, FitSettings(**settings))
 
 
 def test_a_start_at_which_the_model_diverges_is_named() -> None:

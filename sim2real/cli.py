@@ -51,13 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.debug:
         return _run(options, words)
-    known = _known_errors()
     try:
         return _run(options, words)
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to resume")
-    except tuple(kind for kind, _ in known) as error:
-        code = next(code for kind, code in known if isinstance(error, kind))
+    except tuple(kind for kind, _ in _known_errors()) as error:
+        code = next(code for kind, code in _known_errors() if isinstance(error, kind))
         return _fail(code, _explained(error))
 
 
@@ -130,7 +129,7 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
     if options.json:
         print(json.dumps(outcome.document, ensure_ascii=False))
     else:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
         for table in tables(outcome.result):
             console.print(table)
     _say(outcome.message)
@@ -165,7 +164,6 @@ def _known_errors() -> list[tuple[type[BaseException], int]]:
         (UsageError, 2),
         (CheckpointError, 5),
         (FolderBusyError, 5),
-        (FileNotFoundError, 1),
         (OSError, 5),
         (UnconvergedError, 3),
         (ValueError, 1),

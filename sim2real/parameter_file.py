@@ -65,12 +65,14 @@ def write_parameters(folder: Path, parameters: ParameterSet) -> None:
 def read_parameters(path: Path | str) -> ParameterSet:
     """Read and check a `params.json` (or the folder that holds one).
 
-    Raises `ParameterFileError` for anything that is not such a file, `FileNotFoundError` when there is none.
+    Raises `ParameterFileError` for anything that is not such a file or cannot be read.
     """
     path = Path(path)
     path = path / "params.json" if path.is_dir() else path
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParameterFileError(f"'{path}' cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ParameterFileError(
             f"'{path}' is not JSON ({error}); pass the params.json that `sim2real` wrote"

@@ -61,11 +61,16 @@ def environment(config: TuneConfig, mdp: ModelMDP) -> Collect:
 
 
 def growing_folder(config: TuneConfig, mdp: ModelMDP, out: Path) -> Collect:
-    """New files of `data.folder` are rollouts of the policy exported last; which were used when is kept on disk."""
+    """New files of `data.folder` are rollouts of the policy exported last; which were used when is kept on disk.
+
+    With `resume=false` that record is forgotten: files already there belong to policies of another run.
+    """
     if config.data.folder is None:
         raise UsageError("data.mode=folder needs data.folder=PATH, where new rollouts arrive")
     arrivals, record = Path(config.data.folder), out / "batches.json"
     arrivals.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        record.unlink(missing_ok=True)
 
     def collect(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> RolloutLog | None:
         batches: dict[str, list[str]] = json.loads(record.read_text()) if record.exists() else {}

@@ -18,7 +18,7 @@ from sim2real.commands import (
     Progress,
     check_names,
     identity,
-    library_values,
+    library_settings,
     make_model,
     model_dt,
     provenance,
@@ -55,6 +55,7 @@ class Task:
     reward: RealReward
     log: RolloutLog | None
     given: ParameterSet | None
+    settings: TuneSettings
 
 
 def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -> Outcome:
@@ -69,6 +70,8 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
         if config.report:
             html = tune_report(result, parameters, _gaussian(task.given, task.free))
             write_atomic(folder / "report.html", html.encode())
+        else:
+            (folder / "report.html").unlink(missing_ok=True)  # of an earlier result
         message = _message(config, result)
         write_log_line(folder, "tune.log", message.replace("\n", " "))
     code: ExitCode = 4 if result.waiting else 0 if result.report.converged or not config.strict else 3
@@ -77,6 +80,8 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
 
 
 def _task(config: TuneConfig) -> Task:
+    _check_numbers(config)
+    settings = library_settings(TuneSettings, config.tune)
     given = None if config.params is None else read_parameters(Path(config.params))
     dt = model_dt(config.model) or (given.model.get("dt") if given else None)
     log = None if config.log is None else read_log(config, dt)
@@ -92,14 +97,33 @@ def _task(config: TuneConfig) -> Task:
     policy, nu, module = _policy(config, len(states), len(mdp.names.get("action", ())))
     mdp, reward = _task_reward(config, mdp, theta)
     free = tuple(config.free or theta)
-    return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given)
+    return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given, settings)
+
+
+def _check_numbers(config: TuneConfig) -> None:
+    """Raise `UsageError` for a number that no run can be made with."""
+    inf, hidden = float("inf"), getattr(config.policy, "hidden", [])
+    for name, value, wanted, holds in (
+        ("discount", config.discount, "0 to 1", 0 <= config.discount <= 1),
+        ("horizon", config.horizon, "> 0 and finite", 0 < config.horizon < inf),
+        ("batch", config.batch, ">= 1", config.batch >= 1),
+        ("data.rollouts", config.data.rollouts, ">= 1", config.data.rollouts >= 1),
+        ("data.exploration", config.data.exploration, ">= 0 and finite", 0 <= config.data.exploration < inf),
+        ("policy.std", config.policy.std, ">= 0 and finite", 0 <= config.policy.std < inf),
+        ("policy.hidden", hidden, "widths >= 1", all(width >= 1 for width in hidden)),
+    ):
+        if not holds:
+            raise UsageError(f"{name}={value}: expected {wanted}")
 
 
 def _policy(config: TuneConfig, n: int, m: int) -> tuple[Policy, Params, nn.Module | None]:
     """The policy, its start parameters and the module behind it; an MLP starts from `config.seed`."""
     chosen = config.policy
     if isinstance(chosen, LinearPolicy):
-        gain = torch.tensor(chosen.gain or [[0.0] * n] * m, dtype=torch.float64)
+        try:
+            gain = torch.tensor(chosen.gain or [[0.0] * n] * m, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"policy.gain={chosen.gain}: expected rows of numbers, such as [[1,2]]") from error
         if gain.shape != (m, n):
             raise UsageError(f"policy.gain has shape {list(gain.shape)}; {m} actions and {n} states need [{m}, {n}]")
         nu = {"gain": gain, "offset": torch.zeros(m, dtype=torch.float64)} if chosen.offset else {"gain": gain}
@@ -136,20 +160,21 @@ def _export(folder: Path, task: Task, nu: Params) -> None:
 def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progress) -> TuneResult:
     found, folder = workspace.snapshot, workspace.folder
     done = 0 if found is None else int(found.record["steps"])
-    settings = TuneSettings(**library_values(config.tune, TuneSettings))
     generator = torch.Generator().manual_seed(config.seed)
     steps = max(1, round(config.horizon / task.mdp.dt))
     noise = sample_noise(task.mdp, task.policy, config.batch, steps, generator)
     write_log_line(folder, "tune.log", f"resumed after iteration {done}" if found else "started")
+    if found and found.fallback:
+        write_log_line(folder, "tune.log", f"note: {found.fallback}")
 
     def on_step(state: Params) -> None:
         nonlocal done
         done += 1
         save_snapshot(workspace, state, steps=done)
         write_log_line(folder, "tune.log", f"iteration {done}")
-        progress(done, settings.max_steps, "")
+        progress(done, task.settings.max_steps, "")
 
-    return tune(
+    result = tune(
         task.mdp,
         task.policy,
         task.theta,
@@ -159,15 +184,19 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
         real_reward=task.reward,
         real_discount=config.discount,
         collect=_collect(config, task, workspace),
-        settings=settings,
+        settings=task.settings,
         box=task.mdp.box,
         free=task.free,
         scale={name: value.abs() for name, value in task.theta.items() if bool((value != 0).all())},
-        likelihood=_gaussian(task.given, task.free) if settings.likelihood_weight else None,
+        likelihood=_gaussian(task.given, task.free) if task.settings.likelihood_weight else None,
         generator=generator,
         on_step=on_step,
         state=None if found is None else found.tensors,
     )
+    if found is None and done == 0:
+        # waiting for the first rollouts: remember which settings the policy they come from belongs to
+        save_snapshot(workspace, result.state, steps=0)
+    return result
 
 
 def _task_reward(config: TuneConfig, mdp: ModelMDP, theta: Params) -> tuple[ModelMDP, RealReward]:

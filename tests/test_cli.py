@@ -154,6 +154,11 @@ def test_paths_keep_the_characters_hydra_gives_a_meaning() -> None:
         (["log={data}", "model._target_=no_such_package.model"], 2, "no such function"),
         (["log={data}", "model._target_=math.sqrt", "model.x=4"], 2, "model math.sqrt"),
         (["log={data}", "model=pendulum", "out={data}/run_0.csv/deep"], 5, "run_0.csv"),
+        (["log={data}", "model=pendulum", "out=/proc/no_such_folder"], 5, "/proc/no_such_folder"),
+        (["log={data}", "model=pendulum", "fit.horizon=nan"], 2, "horizon must be > 0 and finite, got nan"),
+        (["log={data}", "model=pendulum", "fit.keep.angle=3"], 2, "keep needs (low, high)"),
+        (["log={data}", "model=pendulum", "fit.priors.mgl=[1,x]"], 2, "the prior of 'mgl' needs"),
+        (["log={data}", "model=pendulum", "threads=0"], 2, "threads=0: expected at least 1"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_has_a_name_and_an_exit_code(
@@ -217,6 +222,25 @@ def test_evaluate_prints_a_table_and_takes_other_values(
     assert "run_1" not in out
     worse = json.loads(run(capsys, [*words, "theta.mgl=5.0", "--json"])[1])["rmse"]
     assert worse > 3 * json.loads(run(capsys, [*words, "--json"])[1])["rmse"]
+
+
+def test_names_with_brackets_are_printed_as_they_are(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run[a].csv").write_bytes((data / "run_0.csv").read_bytes())
+
+    code, out, err = run(capsys, ["evaluate", f"log={tmp_path}", f"schema={data / 'schema.yaml'}", "model=pendulum"])
+    assert code == 0, err
+    assert "run[a]" in out
+
+
+def test_a_report_of_an_earlier_result_does_not_stay(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").write_text("old")
+    words = ["fit", f"log={data}", *FAST, *STARTS, f"out={tmp_path}", "report=false"]
+    assert run(capsys, words)[0] == 0
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_list_of_files_is_one_log(data: Path, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,23 @@ def test_a_growing_folder_waits_with_code_4_and_goes_on(place: Path, capsys: pyt
     assert Path("run/params.json").read_bytes() == before
 
 
+def test_a_new_start_takes_no_rollouts_of_the_policies_before(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "model.dt=1.0", "schema=schema.yaml", "data.mode=folder", "data.folder=new", "out=run",
+             "tune.max_steps=1", "reward=tune_world.reward"]  # fmt: skip
+    assert run(capsys, words)[0] == 4
+    # other settings would make another first policy than the one that was exported
+    code, _, err = run(capsys, [*words, "horizon=9"])
+    assert code == 5
+    assert "settings.horizon was 8.0, is 9.0" in err
+    write_rollouts(Path("new"), Path("run/policy"), [f"first_{k}" for k in range(6)], 0)
+    assert run(capsys, words)[0] == 4
+    code, _, err = run(capsys, [*words, "horizon=9", "resume=false"])
+    assert code == 1
+    assert "holds 6 logs before any policy was exported" in err
+    assert run(capsys, [*words, "horizon=9", "resume=false", "data.folder=newer"])[0] == 4
+    assert json.loads(Path("run/batches.json").read_text()) == {}
+
+
 def test_a_folder_with_logs_of_unknown_policies_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("new").mkdir()
     Path("new/old.csv").write_text("time,s1,s2,a1\n0,0,0,0\n")
@@ -197,7 +214,16 @@ def test_parameters_of_another_model_are_refused(place: Path, capsys: pytest.Cap
         (["policy.gain=[[1,2,3]]"], 2, "policy.gain has shape [1, 3]"),
         (["policy.target=[1]"], 2, "policy.target has 1 entries"),
         (["free=[C]"], 2, "free: there is no 'C'"),
-        (["params=missing"], 1, "missing"),
+        (["params=missing"], 1, "'missing' cannot be read"),
+        (["policy.gain=[[a,b]]"], 2, "expected rows of numbers"),
+        (["policy.gain=[[1,2],[3]]"], 2, "expected rows of numbers"),
+        (["policy.std=-1"], 2, "policy.std=-1"),
+        (["policy=mlp", "policy.hidden=[-1]"], 2, "policy.hidden=[-1]: expected widths >= 1"),
+        (["discount=nan"], 2, "discount=nan: expected 0 to 1"),
+        (["horizon=nan"], 2, "horizon=nan"),
+        (["batch=0"], 2, "batch=0"),
+        (["data.rollouts=0"], 2, "data.rollouts=0"),
+        (["tune.radius=-1"], 2, "radius = -1.0"),
     ],
 )
 def test_named_errors(

@@ -82,6 +82,8 @@ def compose_config(command: str, words: Sequence[str]) -> Any:
         raise UsageError(_reason(error)) from error
     result.columns = [*result.columns, *columns]
     _check_choices(result, keys)
+    if result.threads < 1:
+        raise UsageError(f"threads={result.threads}: expected at least 1")
     return result
 
 

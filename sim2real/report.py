@@ -13,6 +13,7 @@ from sim2real.evaluation import Evaluation
 from sim2real.figures import fit_figures
 from sim2real.fit import Comparison, FitResult
 from sim2real.fit_facts import ParameterRow
+from sim2real.identifiability import describe
 from sim2real.parameter_file import ParameterSet
 from sim2real.tune_figures import Gaussian, log_likelihood, measured, tune_figures
 from sim2real.tuning import TuneResult
@@ -33,7 +34,7 @@ def fit_report(result: FitResult, parameters: ParameterSet, model: str) -> str:
         scores=_scores(result),
         calm_head=["", "RMSE", "calm RMSE", "median", "calm median", "calm windows"],
         calm=[_calm(name, part) for name, part in (("initial", shown.initial), ("fitted", shown.fitted))],
-        directions=[describe_direction(direction) for direction in result.directions],
+        directions=[describe(direction) for direction in result.directions],
         solve=f"{result.report.status or 'no status'}; {result.report.steps} steps, "
         f"gradient norm {number(result.report.residual)}.",
         figures={name: _inline(svg) for name, svg in fit_figures(result).items()},
@@ -80,15 +81,6 @@ def number(value: float | None, digits: int = 4) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.{digits}g}"
-
-
-def describe_direction(direction: Mapping[str, float]) -> str:
-    """ "0.71 A - 0.71 h": the components of a direction, largest first, small ones left out."""
-    largest = max((abs(value) for value in direction.values()), default=0.0)
-    parts = sorted(direction.items(), key=lambda item: -abs(item[1]))
-    shown = [(name, value) for name, value in parts if abs(value) >= 0.05 * largest]
-    text = " ".join(f"{'-' if value < 0 else '+'} {abs(value):.2f} {name}" for name, value in shown)
-    return text.removeprefix("+ ")
 
 
 def row_flags(row: ParameterRow) -> list[str]:
@@ -139,13 +131,14 @@ def _fit_status(result: FitResult) -> str:
 
 def _headline(shown: Comparison, *, left_out: bool) -> list[dict[str, str]]:
     fitted, initial = shown.fitted, shown.initial
+    seconds = float(fitted.rows[-1] - fitted.rows[0] + 1) * fitted.dt  # without the warm-up
     where = "left-out runs" if left_out else "training runs"
     return [
         {"value": f"{number(fitted.rmse, 3)} {fitted.unit}", "label": f"RMSE, fitted, {where}"},
         {"value": f"{number(initial.rmse, 3)} {fitted.unit}", "label": "RMSE, start parameters"},
         {"value": f"{number(fitted.hold_first, 3)} {fitted.unit}", "label": "RMSE, first value held"},
         {"value": f"{number(fitted.median, 3)} {fitted.unit}", "label": "median window error, fitted"},
-        {"value": str(fitted.windows), "label": f"windows of {number(float(fitted.rows[-1]) * fitted.dt, 3)} s"},
+        {"value": str(fitted.windows), "label": f"windows of {number(seconds, 3)} s"},
     ]
 
 

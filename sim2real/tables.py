@@ -9,7 +9,8 @@ from rich.table import Table
 
 from sim2real.evaluation import Evaluation
 from sim2real.fit import FitResult
-from sim2real.report import describe_direction, interval_text, number, row_flags
+from sim2real.identifiability import describe
+from sim2real.report import interval_text, number, row_flags
 from sim2real.tuning import TuneResult
 
 
@@ -25,7 +26,7 @@ def fit_tables(result: FitResult) -> list[Table]:
     if result.directions:
         open_directions = _table("", ["not fixed by the data (in units of each parameter's range)"])
         for direction in result.directions:
-            open_directions.add_row(describe_direction(direction))
+            open_directions.add_row(describe(direction))
         tables.append(open_directions)
     errors = _table("errors", ["", "RMSE", "median", "calm RMSE", "first value held", "windows"])
     for where, part in (("left out", result.left_out), ("training", result.training)):

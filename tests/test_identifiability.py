@@ -195,6 +195,7 @@ def test_open_plane_has_a_sparse_basis():
 
 def test_describe():
     assert describe({"m1": -0.6, "m2": 0.8}) == "0.80 m2 - 0.60 m1"
+    assert describe({"a": -0.02, "b": 0.7, "c": -0.7}) == "0.70 b - 0.70 c"
     assert describe({"m1": -0.8, "m2": -0.6, "b": 0.01}) == "0.80 m1 + 0.60 m2"
 
 

@@ -15,7 +15,7 @@ from sim2real.evaluation import Evaluation, RunScore
 from sim2real.fit import Comparison, FitResult
 from sim2real.fit_facts import ParameterRow
 from sim2real.parameter_file import ParameterSet
-from sim2real.report import describe_direction, fit_report, interval_text, number, row_flags, tune_report
+from sim2real.report import fit_report, interval_text, number, row_flags, tune_report
 from sim2real.solve_report import SolveReport
 from sim2real.tables import evaluation_tables, fit_tables, tune_tables
 from sim2real.tune_figures import log_likelihood, measured
@@ -182,6 +182,14 @@ def test_a_season_is_one_more_line() -> None:
     assert "season before" in console.export_text()
 
 
+def test_a_warm_up_is_no_part_of_the_length_of_a_window() -> None:
+    for warm in (1, 24):
+        scored = dataclasses.replace(evaluation(0.03), rows=torch.arange(warm, warm + 25))
+        assert "windows of 0.125 s" in fit_report(
+            dataclasses.replace(result(), left_out=Comparison(scored, scored)), parameters(), "pendulum"
+        )
+
+
 def test_numbers_and_flags_for_people() -> None:
     assert [number(x) for x in (None, math.nan, math.inf, -math.inf, 0.0123456, 12)] == [
         "–",
@@ -193,7 +201,6 @@ def test_numbers_and_flags_for_people() -> None:
     ]
     assert interval_text(math.nan, 1.0) == "none"
     assert interval_text(1.0, 2.0) == "1 … 2"
-    assert describe_direction({"a": -0.02, "b": 0.7, "c": -0.7}) == "0.70 b - 0.70 c"
     assert [row_flags(row) for row in result().rows] == [
         [], ["not identified"], ["at a bound"], ["does not reach the output"],
     ]  # fmt: skip

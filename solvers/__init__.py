@@ -11,20 +11,25 @@ from sim2real.solvers.bellman import (
     state_values,
 )
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
+from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
+from sim2real.solvers.neumann import neumann
+from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 
 __all__ = [
     "BellmanOptimum",
     "Minimum",
+    "NystromSketch",
     "Objective",
     "QuadraticModel",
     "UnstableError",
     "cg",
     "dense",
     "discounted_visits",
+    "gmres",
     "implicit_argmax",
     "implicit_fixed_point",
     "implicit_root",
@@ -32,6 +37,10 @@ __all__ = [
     "levenberg_marquardt",
     "lyapunov",
     "mean_square_radius",
+    "minres",
+    "neumann",
+    "nystrom_cg",
+    "nystrom_sketch",
     "optimal_actions",
     "optimal_values",
     "policy_optimum",

@@ -1,8 +1,9 @@
-"""Solve `(A + damping I) x = b` given only `matvec(x) = A x`, on `Params`.
+"""Solve `(A + damping I) x = b` given only `matvec(x) = A x`, on `Params`: conjugate gradients and the dense solve.
 
 Every solver has the form `solve(matvec, b, *, batch_dims=0) -> LinearSolution`; bind further options with `partial`.
 With `batch_dims = d` the first d dimensions of every tensor of b (and of what `matvec` takes and returns) count
-independent systems, solved together with a step length each.
+independent systems, solved together with a step length each. `minres` and `gmres` (`solvers/krylov.py`), `neumann` and
+`nystrom_cg` keep to the same form.
 
 `cg`: Hestenes and Stiefel, J. Res. NBS 49 (1952) 409, algorithm (3:1), for symmetric positive definite A + damping I.
 It stops at non-positive curvature, where the quadratic model has no minimum. The coefficients of CG are those of the
@@ -21,12 +22,26 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from sim2real.params import Params, check_same_keys
+from sim2real.params import Params
 from sim2real.solve_report import LinearSolution, SolveReport
+from sim2real.solvers.linear_system import (
+    NO_VALUES,
+    FlatMatvec,
+    Matvec,
+    Pass,
+    check_finite,
+    check_options,
+    concluded,
+    flatten,
+    negative,
+    restarted,
+    safe,
+    step_limit,
+    tridiagonal_extremes,
+    worst,
+)
 
-Matvec = Callable[[Params], Params]
 Solve = Callable[..., LinearSolution]
-FlatMatvec = Callable[[Tensor], Tensor]
 
 
 def cg(
@@ -46,101 +61,78 @@ def cg(
     the steps after which the solve gives up. Raises `ValueError` for bad options, a right-hand side or a product that
     is not finite, and a product of other keys or shapes than b.
     """
-    _check_options(damping, tol)
-    apply, rhs, restore = _flatten(matvec, b, batch_dims)
-    limit = max_steps if max_steps is not None else max(10, min(10 * rhs.shape[1], 1000))
-    if limit < 1:
-        raise ValueError(f"max_steps must be at least 1, got {limit}")
-    norm = rhs.norm(dim=1)
-    x, steps, ritz, lowest = torch.zeros_like(rhs), 0, (math.inf, -math.inf), math.inf
-    residual, indefinite = rhs, False
-    # the updated residual drifts from the true one; starting again from the true one takes the last digits
-    for _ in range(4):
-        before = _worst(residual, norm)
-        if before <= tol or indefinite or steps >= limit:
-            break
-        goal = 0.3 * tol * norm
-        correction, taken, spectrum, smallest, indefinite = _cg_run(apply, residual, damping, goal, limit - steps)
-        steps, ritz = steps + taken, (min(ritz[0], spectrum[0]), max(ritz[1], spectrum[1]))
-        lowest = min(lowest, smallest, ritz[0])
-        x = x + correction
-        residual = rhs - (apply(x) + damping * x)
-        if _worst(residual, norm) > 0.5 * before:
-            break
-    relative = _worst(residual, norm)
-    status = _cg_status(relative, tol, indefinite, steps, limit, damping)
-    return LinearSolution(
-        restore(x),
-        SolveReport(
-            converged=relative <= tol and not indefinite,
-            residual=relative,
-            steps=steps,
-            status=status,
-            negative_curvature=_negative(lowest, ritz[1]),
-            damping=damping,
-            eigenvalues=ritz if ritz[0] <= ritz[1] else None,
-        ),
-    )
+    check_options(damping, tol)
+    apply, rhs, restore = flatten(matvec, b, batch_dims)
+    limit = step_limit(max_steps, rhs.shape[1])
+    whole, relative = preconditioned_cg(apply, rhs, damping, tol, limit, None)
+    return concluded(whole, relative, restore, tol=tol, limit=limit, damping=damping, stall=STALL)
 
 
-def _cg_run(
-    apply: FlatMatvec, b: Tensor, damping: float, goal: Tensor, limit: int
-) -> tuple[Tensor, int, tuple[float, float], float, bool]:
-    """CG from x = 0 on `[R, P]`: x, steps, extreme Ritz values, lowest curvature (both undamped), indefinite or not."""
-    x, r, p = torch.zeros_like(b), b, b
-    rr = (r * r).sum(1)
-    active = rr > goal * goal
-    lowest, indefinite = math.inf, False
+STALL = "A is not symmetric or tol is too tight"
+
+
+def preconditioned_cg(
+    apply: FlatMatvec, rhs: Tensor, damping: float, tol: float, limit: int, precondition: FlatMatvec | None
+) -> tuple[Pass, float]:
+    """Passes of CG on rows `[R, P]` and the relative residual; `precondition` is symmetric positive definite.
+
+    With it the Ritz values are those of the preconditioned operator, less the damping, and count for no curvature.
+    """
+
+    def run(residual: Tensor, goal: Tensor, left: int) -> Pass:
+        return _cg_pass(apply, residual, damping, goal, left, precondition)
+
+    return restarted(run, lambda x: apply(x) + damping * x, rhs, tol=tol, limit=limit)
+
+
+def _cg_pass(
+    apply: FlatMatvec, b: Tensor, damping: float, goal: Tensor, limit: int, precondition: FlatMatvec | None
+) -> Pass:
+    """CG from x = 0 on `[R, P]`; z = M r, the preconditioned residual, is r itself without a preconditioner."""
+    x, r = torch.zeros_like(b), b
+    p = z = r if precondition is None else precondition(r)
+    rz, active = (r * z).sum(1), r.norm(dim=1) > goal
+    lowest, stopped = math.inf, ""
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     while len(alphas) < limit and bool(active.any()):
         product = apply(p) + damping * p
         square = (p * p).sum(1)
-        curvature = (p * product).sum(1) / square.where(active, torch.ones_like(square))
-        if not bool(torch.isfinite(curvature).all()):
-            raise ValueError(f"matvec returned values that are not finite, at step {len(alphas) + 1} of CG")
+        curvature = (p * product).sum(1) / safe(square, active)
+        check_finite(curvature, len(alphas) + 1, "CG")
         lowest = min(lowest, float((curvature - damping)[active].min()))
         if bool((active & (curvature <= 0)).any()):
-            indefinite = True
+            place = f"of A + {damping:g} I after {len(alphas) + 1} steps"
+            stopped = f"stopped at non-positive curvature {place}; raise the damping"
             active = active & (curvature > 0)
         # a finished row keeps its x: its step length is zero
-        alpha = torch.where(active, rr / (square * curvature).where(active, torch.ones_like(rr)), torch.zeros_like(rr))
+        alpha = torch.where(active, rz / safe(square * curvature, active), torch.zeros_like(rz))
         x = x + alpha[:, None] * p
         r = r - alpha[:, None] * product
-        following = (r * r).sum(1)
-        beta = torch.where(active, following / rr.where(active, torch.ones_like(rr)), torch.zeros_like(rr))
-        p = r + beta[:, None] * p
-        rr = following
+        z = r if precondition is None else precondition(r)
+        following = (r * z).sum(1)
+        beta = torch.where(active, following / safe(rz, active), torch.zeros_like(rz))
+        p = z + beta[:, None] * p
+        rz = following
         alphas.append(alpha)
         betas.append(beta)
-        active = active & (rr > goal * goal)
-    return x, len(alphas), _ritz_values(alphas, betas, damping), lowest, indefinite
+        active = active & (r.norm(dim=1) > goal)
+    ritz = _ritz_values(alphas, betas, damping)
+    return Pass(x, len(alphas), ritz, lowest if precondition else min(lowest, ritz[0]), stopped)
 
 
 def _ritz_values(alphas: list[Tensor], betas: list[Tensor], damping: float) -> tuple[float, float]:
     """Extreme eigenvalues of the Lanczos matrices of CG, less the damping; (inf, -inf) when no step was taken."""
-    low, high = math.inf, -math.inf
+    low, high = NO_VALUES
     for alpha, beta in zip(torch.stack(alphas, 1), torch.stack(betas, 1), strict=True) if alphas else ():
         count = int((alpha > 0).sum())
         if count == 0:
             continue
         inverse, ratio = 1 / alpha[:count], beta[: count - 1]
         diagonal = inverse + torch.cat([inverse.new_zeros(1), ratio * inverse[:-1]])
-        off = ratio.sqrt() * inverse[:-1]
-        values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)) - damping
-        low, high = min(low, float(values[0])), max(high, float(values[-1]))
+        least, largest = tridiagonal_extremes(diagonal, ratio.sqrt() * inverse[:-1])
+        low, high = min(low, least - damping), max(high, largest - damping)
     return low, high
-
-
-def _cg_status(relative: float, tol: float, indefinite: bool, steps: int, limit: int, damping: float) -> str:
-    if indefinite:
-        return f"stopped at non-positive curvature of A + {damping:g} I after {steps} steps; raise the damping"
-    if relative <= tol:
-        return f"relative residual {relative:.1e} <= {tol:.1e} after {steps} steps"
-    if steps >= limit:
-        return f"relative residual {relative:.1e} > {tol:.1e} after the allowed {limit} steps"
-    cause = "A is not symmetric or tol is too tight"
-    return f"relative residual stalled at {relative:.1e} > {tol:.1e} after {steps} steps: {cause}"
 
 
 def dense(
@@ -152,8 +144,8 @@ def dense(
     the same and its lowest eigenvalue reported as `negative_curvature`; null directions of a singular one get 0.
     Raises `ValueError` as `cg` does.
     """
-    _check_options(damping, tol)
-    apply, rhs, restore = _flatten(matvec, b, batch_dims)
+    check_options(damping, tol)
+    apply, rhs, restore = flatten(matvec, b, batch_dims)
     rows, size = rhs.shape
     basis = torch.eye(size, dtype=rhs.dtype, device=rhs.device)
     columns = vmap(lambda e: apply(e.expand(rows, size)), out_dims=2)(basis)
@@ -174,13 +166,13 @@ def dense(
             else torch.linalg.lu_solve(factors, pivots, rhs[..., None])
         )[..., 0]
         values, status = None, "least squares: A is singular" if singular else "LU factorisation of an unsymmetric A"
-    residual = _worst(rhs - (system @ x[..., None])[..., 0], rhs.norm(dim=1))
+    residual = worst(rhs - (system @ x[..., None])[..., 0], rhs.norm(dim=1))
     report = SolveReport(
         converged=residual <= tol,
         residual=residual,
         steps=size,
         status=status,
-        negative_curvature=None if values is None else _negative(*values),
+        negative_curvature=None if values is None else negative(*values),
         damping=damping,
         eigenvalues=values,
     )
@@ -200,57 +192,3 @@ def _solve_symmetric(system: Tensor, rhs: Tensor, damping: float) -> tuple[Tenso
     x = (vectors @ (inverse[..., None] * (vectors.mT @ rhs[..., None])))[..., 0]
     kind = "indefinite" if bool((values[:, 0] < -least * scale).any()) else "singular"
     return x, extremes, f"A + {damping:g} I is {kind}: solved by its eigenvectors"
-
-
-def _check_options(damping: float, tol: float) -> None:
-    if not (damping >= 0 and math.isfinite(damping)):
-        raise ValueError(f"damping must be finite and >= 0 (units of A), got {damping}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol is relative to ||b|| and must lie in (0, 1), got {tol}")
-
-
-def _flatten(matvec: Matvec, b: Params, batch_dims: int) -> tuple[FlatMatvec, Tensor, Callable[[Tensor], Params]]:
-    """The operator and the right-hand side on `[R, P]`, and the way back to `Params`; checks both."""
-    if not b:
-        raise ValueError("b holds no parameters")
-    lead = next(iter(b.values())).shape[:batch_dims]
-    for key, value in b.items():
-        if value.shape[:batch_dims] != lead or value.ndim < batch_dims:
-            raise ValueError(
-                f"b['{key}'] has shape {tuple(value.shape)}, needs the batch dimensions {tuple(lead)} first"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"b['{key}'] holds values that are not finite")
-    shapes = {key: value.shape for key, value in b.items()}
-    rows = math.prod(lead)
-    sizes = [value.numel() // max(rows, 1) for value in b.values()]
-
-    def flat(params: Params) -> Tensor:
-        return torch.cat([params[key].reshape(rows, -1) for key in shapes], dim=1)
-
-    def restore(x: Tensor) -> Params:
-        parts = x.split(sizes, dim=1)
-        return {key: part.reshape(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
-
-    def apply(x: Tensor) -> Tensor:
-        product = matvec(restore(x))
-        check_same_keys(b, product, "what matvec returned")
-        for key, shape in shapes.items():
-            if product[key].shape != shape:
-                raise ValueError(
-                    f"matvec returned shape {tuple(product[key].shape)} for '{key}', expected {tuple(shape)}"
-                )
-        return flat(product)
-
-    return apply, flat(b), restore
-
-
-def _worst(residual: Tensor, norm: Tensor) -> float:
-    """Largest relative residual over the rows; a row with b = 0 counts 0 when solved by 0."""
-    relative = residual.norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm))
-    return float(relative.max())
-
-
-def _negative(lowest: float, largest: float) -> float | None:
-    """`lowest` when it is negative beyond the rounding of an operator of size `largest`."""
-    return lowest if lowest < -1e-14 * max(abs(largest), abs(lowest)) and lowest < 0 else None

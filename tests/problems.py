@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -79,3 +79,25 @@ def gaussian_return(theta: Params, nu: Params, horizon: int) -> Tensor:
         total = total - 0.95**t * (((eye + K.mT @ K) * second).sum() + 0.4**2)
         second = closed @ second @ closed.mT + 0.4**2 * theta["B"] @ theta["B"].mT + 0.05 * eye
     return total
+
+
+def spectrum(values: Sequence[float], seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
+    A = q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
+    return 0.5 * (A + A.T)
+
+
+def random_vector(size: int, seed: int = 1) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def on_flat(matrix: Tensor) -> Callable[[Params], Params]:
+    """The matrix acting on {"x": [P]}."""
+    return lambda v: {"x": matrix @ v["x"]}
+
+
+def on_rows(matrices: Tensor) -> Callable[[Params], Params]:
+    """Matrices [R, P, P] acting on {"x": [R, P]}, a row each."""
+    return lambda v: {"x": (matrices @ v["x"].unsqueeze(-1)).squeeze(-1)}

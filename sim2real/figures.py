@@ -91,7 +91,12 @@ def overlay_figure(fitted: Evaluation, initial: Evaluation, *, seconds: float = 
 
 
 def _run_name(evaluation: Evaluation, episode: int) -> str:
-    return evaluation.runs[episode].episode if episode < len(evaluation.runs) else f"run {episode}"
+    return plain(evaluation.runs[episode].episode) if episode < len(evaluation.runs) else f"run {episode}"
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib text: its dollar signs start no formula."""
+    return name.replace("$", r"\$")
 
 
 def _end_to_end(evaluation: Evaluation, episode: int, seconds: float) -> list[int]:
@@ -166,14 +171,16 @@ def residual_figure(fitted: Evaluation, initial: Evaluation) -> str:
         left, right = axes[0]
         parts = {"initial": (initial, ORANGE), "fitted": (fitted, BLUE)}
         residuals = {name: _residual(part) for name, (part, _) in parts.items()}
-        edge = max(1e-12, max(float(np.quantile(np.abs(r[np.isfinite(r)]), 0.98)) for r in residuals.values()))
+        finite = {name: r[np.isfinite(r)] for name, r in residuals.items()}
+        edge = max([1e-12, *(float(np.quantile(np.abs(r), 0.98)) for r in finite.values() if len(r))])
         bins = np.linspace(-edge, edge, 61)
         for name, (part, color) in parts.items():
-            values = residuals[name]
-            inside = values[np.isfinite(values)]
-            left.hist(inside, bins, density=True, color=color, alpha=0.55, label=name)
+            if len(finite[name]):
+                left.hist(finite[name], bins, density=True, color=color, alpha=0.55, label=name)
             time = part.rows.numpy() * part.dt
-            right.plot(time, _rms_per_row(values), color=color, marker="o" if len(time) < 40 else "", ms=3, label=name)
+            right.plot(
+                time, _rms_per_row(residuals[name]), color=color, marker="o" if len(time) < 40 else "", ms=3, label=name
+            )
         left.set_xlabel(f"model - measured [{fitted.unit}] (central 98 %)")
         left.set_ylabel(f"density [1/{fitted.unit}]")
         right.set_xlabel("time since the start of the window [s]")
@@ -220,10 +227,10 @@ def correlation_figure(names: Sequence[str], correlation: Tensor) -> str:
 
     def paint(axes: Any) -> None:
         ax = axes[0, 0]
-        values = correlation.numpy()
+        values, labels = correlation.numpy(), [plain(name) for name in names]
         image = ax.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-1, vmax=1)
-        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        ax.set_yticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), labels, rotation=45, ha="right")
+        ax.set_yticks(range(len(names)), labels)
         ax.grid(False)
         for row, column in np.ndindex(values.shape) if len(names) <= 14 else ():
             if math.isfinite(values[row, column]):
@@ -297,7 +304,7 @@ def run_figure(fitted: Evaluation, initial: Evaluation) -> str:
             finite = [value if math.isfinite(value) else np.nan for value in values]
             bars = ax.barh(place + 0.27 * (number - 1), finite, 0.25, color=color, label=label)
             ax.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7.5, padding=2)
-        ax.set_yticks(place, [run.episode for run in fitted.runs])
+        ax.set_yticks(place, [plain(run.episode) for run in fitted.runs])
         ax.invert_yaxis()
         ax.margins(x=0.1)
         ax.set_xlabel(f"RMSE [{fitted.unit}]")

@@ -125,6 +125,7 @@ def test_without_a_command_it_shows_how_to_use_it(capsys: pytest.CaptureFixture[
         (["log=x", "model=pendulum", "fit.horizon=long"], r"fit.horizon: Value 'long'.*Float"),
         (["log=x", "horizon"], r"'horizon' is not of the form key=value"),
         (["model=pendulum"], r"log is missing: give log="),
+        (["log=x", "model=pendulum", "out="], r"out= is empty: give a path"),
         (["log=x", "model=pendulum", "fit.free=[a"], r"fit.free"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import re
+import warnings
 from xml.etree import ElementTree
 
 import pytest
@@ -180,6 +181,26 @@ def test_a_season_is_one_more_line() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(evaluation_tables(scored)[0])
     assert "season before" in console.export_text()
+
+
+def test_dollar_signs_in_the_name_of_a_run_are_no_formula() -> None:
+    scored = evaluation(0.03)
+    runs = (dataclasses.replace(scored.runs[0], episode="a$_{b$"), *scored.runs[1:])
+    pair = Comparison(dataclasses.replace(scored, runs=runs), evaluation(0.3))
+    html = fit_report(dataclasses.replace(result(), left_out=pair), parameters(), "pendulum")
+    assert any("a$_{b$" in svg for svg in figures(html))
+
+
+def test_start_parameters_that_diverge_everywhere_still_give_a_report() -> None:
+    lost = evaluation(0.3)
+    nowhere = torch.full_like(lost.errors, math.inf)
+    lost = dataclasses.replace(
+        lost, rmse=math.inf, median=math.inf, errors=nowhere, growth=nowhere, predicted=lost.predicted * math.nan
+    )
+    pair = Comparison(evaluation(0.03), lost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "∞ rad" in fit_report(dataclasses.replace(result(), left_out=pair), parameters(), "pendulum")
 
 
 def test_a_warm_up_is_no_part_of_the_length_of_a_window() -> None:

@@ -131,6 +131,8 @@ def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> 
     free = (parent in keys and keys[parent].open) or (parent == "model" and (custom or name == "model._target_"))
     if name not in keys and not free:
         raise UsageError(f"unknown key '{name}'{nearest(name, keys)}; see sim2real {command} --help")
+    if name in keys and keys[name].path and not value:
+        raise UsageError(f"{name}= is empty: give a path")
     if name in keys and isinstance(keys[name].default, list) and value[:1] != "[":
         value = f"[{value}]"
     # a path may hold what Hydra's grammar gives a meaning: quote it

@@ -11,7 +11,7 @@ from sim2real.solvers import cg, nystrom_cg, nystrom_sketch
 DECAY = (10.0 ** -torch.linspace(0.0, 12.0, 100, dtype=torch.float64)).tolist()  # 1 down to 1e-12, a decade per 8
 
 
-def test_iterations_fall_five_times_on_a_fast_decay_and_the_answer_is_the_same() -> None:
+def test_steps_fall_twenty_times_on_a_fast_decay_and_the_answer_is_the_same() -> None:
     A, b, damping = spectrum(DECAY), random_vector(100), 1e-6
     plain = cg(on_flat(A), {"x": b}, damping=damping, tol=1e-10)
     # 50 of 100 values lie above the damping: rank 60 leaves the spectrum within [1, 2] damping
@@ -19,9 +19,8 @@ def test_iterations_fall_five_times_on_a_fast_decay_and_the_answer_is_the_same()
     assert plain.report.converged
     assert conditioned.report.converged
     assert conditioned.report.residual <= 1e-10
-    assert 5 * conditioned.report.steps <= plain.report.steps
-    # with the products of the sketch it is still cheaper
-    assert conditioned.report.steps + 60 < plain.report.steps
+    assert 20 * conditioned.report.steps <= plain.report.steps  # 8 against 698
+    assert 5 * (conditioned.report.steps + 60) <= plain.report.steps  # the products of the sketch counted too
     expected = torch.linalg.solve(A + damping * torch.eye(100, dtype=torch.float64), b)
     for solution in (plain, conditioned):
         # condition 1e6, residual 1e-10: 1e-4 is the bound, and the large eigenvalues do far better

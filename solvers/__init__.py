@@ -10,30 +10,45 @@ from sim2real.solvers.bellman import (
     state_transition,
     state_values,
 )
+from sim2real.solvers.convex import (
+    DerivativeError,
+    DerivativeWarning,
+    InfeasibleError,
+    convex_layer,
+    derivative_error,
+)
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
 from sim2real.solvers.neumann import neumann
+from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_solver
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 
 __all__ = [
     "BellmanOptimum",
+    "DerivativeError",
+    "DerivativeWarning",
+    "InfeasibleError",
     "Minimum",
     "NystromSketch",
     "Objective",
     "QuadraticModel",
     "UnstableError",
     "cg",
+    "convex_layer",
     "dense",
+    "derivative_error",
     "discounted_visits",
+    "gauss_newton_gap",
     "gmres",
     "implicit_argmax",
     "implicit_fixed_point",
     "implicit_root",
     "least_squares",
+    "least_squares_layer",
     "levenberg_marquardt",
     "lyapunov",
     "mean_square_radius",
@@ -52,4 +67,5 @@ __all__ = [
     "root_vjp",
     "state_transition",
     "state_values",
+    "theseus_solver",
 ]

@@ -86,9 +86,9 @@ def gauss_newton_gap(
     `KeyError` for keys that do not match and `UnconvergedError` where a system with H or J'J cannot be solved.
     """
     check_same_keys(nu, cotangent, "the cotangent of gauss_newton_gap")
-    pull = vjp(lambda x: {"r": residual(theta, x)}, nu)[1]
-    flat = lambda x: {"r": residual(theta, x)}
-    gauss_newton: Matvec = lambda v: pull(pushforward(flat, nu, v))[0]
+    named = lambda x: {"r": residual(theta, x)}
+    pull = vjp(named, nu)[1]
+    gauss_newton: Matvec = lambda v: pull(pushforward(named, nu, v))[0]
     gradients = []
     for name, matvec in (("H", _hessian(lambda x: _cost(residual, theta, x), nu)[1]), ("J'J", gauss_newton)):
         solution = solve(matvec, cotangent)
@@ -117,7 +117,7 @@ def theseus_solver(residual: Residuals, *, max_steps: int = 100, tolerance: floa
             nu = {key: v.tensor.reshape(nu0[key].shape) for key, v in zip(nu0, optim_vars, strict=True)}
             return residual(theta, nu).reshape(1, -1)
 
-        weight = theseus.ScaleCostWeight(torch.ones(1, 1, dtype=ravel(nu0).dtype))
+        weight = theseus.ScaleCostWeight(ravel(nu0).new_ones(1, 1))
         objective = theseus.Objective(dtype=ravel(nu0).dtype)
         size = residual(theta, nu0).numel()
         objective.add(theseus.AutoDiffCostFunction(list(variables.values()), errors, size, cost_weight=weight))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bars import Figure, MissingError, main
 from sim2real import Params, ravel, unravel
 from sim2real.solvers.implicit import Layer
-from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_solver
+from sim2real.solvers.nls import Residuals, gauss_newton_gap, least_squares_layer, theseus_solver
 
 DIGITS = 50
 DIRECTIONS = 5
@@ -129,33 +129,55 @@ def theseus_jacobian(fit: Fit, mode: str) -> Tensor:
     return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A fit, its solution, and the 50-digit derivative along random directions."""
+
+    fit: Fit
+    residual: Residuals
+    nu: Params
+    directions: Tensor
+    """V `[Q, K]`"""
+    reference: Tensor
+    """R V `[P, K]`"""
+
+
+def problem(kind: str, quick: bool) -> Problem:
+    fit = decay_fit(kind)
+    residual = lambda theta, nu: decay_residual(fit.times, theta, nu)
+    nu = least_squares_layer(residual)(fit.theta, fit.nu0)
+    rng = torch.Generator().manual_seed(1)
+    directions = [
+        {key: torch.randn(x.shape, generator=rng, dtype=x.dtype) for key, x in fit.theta.items()}
+        for _ in range(2 if quick else DIRECTIONS)
+    ]
+    reference = torch.stack([exact_derivative(fit, nu, v) for v in directions], 1)
+    return Problem(fit, residual, nu, torch.stack([ravel(v) for v in directions], 1), reference)
+
+
+def error(case: Problem, jacobian: Tensor) -> float:
+    """`|(D - R) V| / |R V|`"""
+    return float((jacobian @ case.directions - case.reference).norm() / case.reference.norm())
+
+
 def s_nls(quick: bool) -> Iterator[Figure]:
-    """s-nls/well and s-nls/ill: the layer's derivative against the 50-digit reference, bar 1e-8."""
-    for kind in ("well", "ill"):
-        fit = decay_fit(kind)
-        residual = lambda theta, nu, times=fit.times: decay_residual(times, theta, nu)
-        layer = least_squares_layer(residual)
-        nu = layer(fit.theta, fit.nu0)
-        rng = torch.Generator().manual_seed(1)
-        directions = [
-            {key: torch.randn(x.shape, generator=rng, dtype=x.dtype) for key, x in fit.theta.items()}
-            for _ in range(2 if quick else DIRECTIONS)
-        ]
-        reference = torch.stack([exact_derivative(fit, nu, v) for v in directions], 1)
-        V = torch.stack([ravel(v) for v in directions], 1)
-        error = lambda jacobian, V=V, exact=reference: float((jacobian @ V - exact).norm() / exact.norm())
-        yield Figure(kind, error(jacobian_of(layer, fit)), "relative", V.shape[1], BAR)
-        cost = lambda x, nu=nu, fit=fit, residual=residual: residual(fit.theta, unravel(x, nu)).square().sum() / 2
-        H = hessian(cost)(ravel(nu))
-        yield Figure(f"{kind}-condition", float(torch.linalg.cond(H)), "of the Hessian", 1)
+    """s-nls/well and s-nls/ill: the layer's derivative against the 50-digit reference, bar 1e-8; then theseus."""
+    cases = {kind: problem(kind, quick) for kind in ("well", "ill")}
+    n = 2 if quick else DIRECTIONS
+    for kind, case in cases.items():
+        fit, residual, nu = case.fit, case.residual, case.nu
+        yield Figure(kind, error(case, jacobian_of(least_squares_layer(residual), fit)), "relative", n, BAR)
+        cost = lambda x, case=case: case.residual(case.fit.theta, unravel(x, case.nu)).square().sum() / 2
+        yield Figure(f"{kind}-condition", float(torch.linalg.cond(hessian(cost)(ravel(nu)))), "of the Hessian", 1)
         for key in nu:
             cotangent = {name: torch.full_like(x, float(name == key)) for name, x in nu.items()}
             gap = gauss_newton_gap(residual, fit.theta, nu, cotangent)
             yield Figure(f"{kind}-gauss-newton-gap-{key}", gap, "relative", 1)
+    for kind, case in cases.items():
         for mode in ("implicit", "unroll"):
-            yield Figure(f"{kind}-theseus-{mode}", error(theseus_jacobian(fit, mode)), "relative", V.shape[1])
-        forward = least_squares_layer(residual, theseus_solver(residual))
-        yield Figure(f"{kind}-theseus-forward", error(jacobian_of(forward, fit)), "relative", V.shape[1], BAR)
+            yield Figure(f"{kind}-theseus-{mode}", error(case, theseus_jacobian(case.fit, mode)), "relative", n)
+        layer = least_squares_layer(case.residual, theseus_solver(case.residual))
+        yield Figure(f"{kind}-theseus-forward", error(case, jacobian_of(layer, case.fit)), "relative", n, BAR)
 
 
 def jacobian_of(layer: Layer, fit: Fit) -> Tensor:

@@ -34,8 +34,8 @@ lint: $(STAMP)
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p sim2real
 
 bench: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
-	for file in real_logs closed_loop sensitivity; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench,convex]"
+	for file in real_logs closed_loop sensitivity layers; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
 
 docs: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m sphinx -W -b html docs docs/_build

@@ -10,6 +10,7 @@ from sim2real.solvers.bellman import (
     state_transition,
     state_values,
 )
+from sim2real.solvers.box_qp import BoxQPSolution, box_qp
 from sim2real.solvers.convex import (
     DerivativeError,
     DerivativeWarning,
@@ -21,6 +22,7 @@ from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, imp
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
+from sim2real.solvers.mpc import MPCPlan, condensed_mpc, mpc_policy
 from sim2real.solvers.neumann import neumann
 from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_solver
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
@@ -29,15 +31,19 @@ from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius
 
 __all__ = [
     "BellmanOptimum",
+    "BoxQPSolution",
     "DerivativeError",
     "DerivativeWarning",
     "InfeasibleError",
+    "MPCPlan",
     "Minimum",
     "NystromSketch",
     "Objective",
     "QuadraticModel",
     "UnstableError",
+    "box_qp",
     "cg",
+    "condensed_mpc",
     "convex_layer",
     "dense",
     "derivative_error",
@@ -53,6 +59,7 @@ __all__ = [
     "lyapunov",
     "mean_square_radius",
     "minres",
+    "mpc_policy",
     "neumann",
     "nystrom_cg",
     "nystrom_sketch",

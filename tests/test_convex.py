@@ -47,7 +47,7 @@ def mpc() -> Any:
 
 
 def mpc_theta() -> dict[str, Tensor]:
-    """An unstable plant and four starts, on three of which lsqr stops early."""
+    """An unstable plant and four starts, on the last of which lsqr stops early."""
     rng = torch.Generator().manual_seed(1)
     A = torch.eye(4, dtype=torch.float64) + 0.1 * torch.randn(4, 4, generator=rng).double()
     B = torch.randn(4, 2, generator=rng).double()
@@ -103,8 +103,8 @@ def test_equality_constrained_quadratic_program() -> None:
 
 def test_dense_derivative_passes_the_check_that_lsqr_fails() -> None:
     theta = mpc_theta()
-    # measured on these: dense 1e-7 at most, lsqr 1e-3 and more
-    assert float(derivative_error(convex_layer(mpc()), theta).max()) < 1e-5
+    # measured on these: dense 6e-6, which is what differences are good for here, lsqr 1.2e-2 on the last start
+    assert float(derivative_error(convex_layer(mpc()), theta).max()) < 1e-4
     with pytest.raises(DerivativeError, match="mode 'lsqr'"):
         convex_layer(mpc(), mode="lsqr", check_at=theta)
     with pytest.warns(DerivativeWarning, match="central differences"):

@@ -115,10 +115,11 @@ def levenberg_marquardt(
 ) -> Minimum:
     """Minimise `objective` from x0 `[P]` inside the box.
 
-    Converged: the undamped model promises a decrease below `tolerance` times the value, or the last 8 steps together
-    gained less than that, or the value fell below `tolerance^2` times that of the start. `on_step` gets an exact
-    snapshot after every step; a run resumed from it (`state`) is bitwise equal to the unbroken one. Raises
-    `ValueError` for a start outside the box or where the value is not finite, and for a snapshot of another problem.
+    Converged: the undamped model promises a decrease below `tolerance` times the value, or the last 8 steps, not all
+    of them refused, together gained less than that, or the value fell below `tolerance^2` times that of the start.
+    `on_step` gets an exact snapshot after every step; a run resumed from it (`state`) is bitwise equal to the unbroken
+    one. Raises `ValueError` for a start outside the box or where the value is not finite, and for a snapshot of
+    another problem.
     """
     low, high = torch.as_tensor(low).to(x0).expand_as(x0), torch.as_tensor(high).to(x0).expand_as(x0)
     now = _start(x0, low, high, damping) if state is None else _checked(state, x0)
@@ -206,9 +207,9 @@ def _ending(point: _Point, now: Params, tolerance: float, max_steps: int) -> str
         return "converged: no further decrease promised"
     if bool(point.value <= tolerance**2 * now["first_value"]):
         return "converged: the value is negligible against that of the start"
-    taken = now["history"][:, 3] > 0
-    if bool(taken.any()) and len(taken) >= _PATIENCE:
-        before = now["history"][-_PATIENCE, 0]
+    recent = now["history"][-_PATIENCE:]
+    if len(recent) == _PATIENCE and bool((recent[:, 3] > 0).any()):  # none taken: the gradient may be wrong
+        before = recent[0, 0]
         if bool(before - point.value <= tolerance * point.value.abs()):
             return f"converged: the last {_PATIENCE} steps gained less than the tolerance"
     if bool(now["damping"] > _HOPELESS_DAMPING):

@@ -212,3 +212,12 @@ def test_bad_starts_and_snapshots_are_named() -> None:
         least_squares(lambda x: torch.sqrt(x - 10), x)
     with pytest.raises(ValueError, match="snapshot"):
         least_squares(rosenbrock, x, state={"x": x})
+
+
+def test_a_wrong_jacobian_does_not_look_converged() -> None:
+    # the Jacobian of another function: after a first step that happens to descend, no step does
+    residual = lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+    wrong = lambda x: torch.tensor([[3.0, 10.0], [1.0, 0.0]], dtype=x.dtype)
+    found = least_squares(residual, torch.tensor([-1.2, 1.0], dtype=torch.float64), jacobian=wrong, max_steps=60)
+    assert found.value > 1e-3  # Rosenbrock's minimum is 0
+    assert not found.report.converged

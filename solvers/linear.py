@@ -172,7 +172,7 @@ def dense(
         residual=residual,
         steps=size,
         status=status,
-        negative_curvature=None if values is None else negative(*values),
+        negative_curvature=None if values is None else negative(*values, rhs.dtype),
         damping=damping,
         eigenvalues=values,
     )

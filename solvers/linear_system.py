@@ -87,7 +87,7 @@ def concluded(
         residual=relative,
         steps=whole.steps,
         status=status,
-        negative_curvature=negative(whole.lowest, whole.ritz[1]),
+        negative_curvature=negative(whole.lowest, whole.ritz[1], whole.x.dtype),
         damping=damping,
         eigenvalues=whole.ritz if whole.ritz[0] <= whole.ritz[1] else None,
     )
@@ -166,6 +166,8 @@ def tridiagonal_extremes(diagonal: Tensor, off: Tensor) -> tuple[float, float]:
     return float(values[0]), float(values[-1])
 
 
-def negative(lowest: float, largest: float) -> float | None:
-    """`lowest` when it is negative beyond the rounding of an operator of size `largest`."""
-    return lowest if lowest < -1e-14 * max(abs(largest), abs(lowest)) and lowest < 0 else None
+def negative(lowest: float, largest: float, dtype: torch.dtype) -> float | None:
+    """`lowest` when it is negative beyond the rounding of an operator of size `largest` (-inf: nothing known of it)."""
+    size = max(abs(largest), abs(lowest)) if math.isfinite(largest) else abs(lowest)
+    rounding = 45 * torch.finfo(dtype).eps * size  # 1e-14 in float64
+    return lowest if lowest < -rounding else None

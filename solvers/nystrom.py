@@ -90,7 +90,7 @@ def nystrom_cg(
     largest = max(whole.ritz[1], float(found.values.max()))
     report = replace(
         solution.report,
-        negative_curvature=negative(min(whole.lowest, found.lowest), largest),
+        negative_curvature=negative(min(whole.lowest, found.lowest), largest, rhs.dtype),
         eigenvalues=(whole.ritz[0], largest) if whole.ritz[0] <= largest else None,
         status=f"{solution.report.status} (sketch of rank {found.values.shape[1]})",
     )

@@ -111,6 +111,34 @@ def test_bad_inputs_are_named(solve: Callable, matvec: Callable, b: Params, opti
         solve(matvec, b, **options)
 
 
+@pytest.mark.parametrize("solve", EVERY.values(), ids=EVERY)
+def test_negative_curvature_met_in_the_first_step_is_reported(solve: Callable) -> None:
+    b = {"x": random_vector(6)}
+    solution = solve(lambda v: {"x": -2.0 * v["x"]}, b)
+    assert solution.report.negative_curvature == pytest.approx(-2.0)
+    if solution.report.converged:  # by the solvers that take any sign
+        torch.testing.assert_close(solution.x["x"], -0.5 * b["x"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("solve", [gmres, partial(neumann, step=0.16)])
+def test_negative_curvature_of_an_unsymmetric_operator_is_a_rayleigh_quotient(solve: Callable) -> None:
+    A = torch.eye(6, dtype=torch.float64)
+    A[0, 1] = 6.0  # eigenvalues 1, Rayleigh quotients from 1 - 3 to 1 + 3
+    report = solve(on_flat(A), {"x": torch.eye(6, dtype=torch.float64)[1]}).report
+    assert report.eigenvalues is None
+    assert report.negative_curvature is not None
+    assert -2.0 - 1e-12 <= report.negative_curvature < 0
+
+
+@pytest.mark.parametrize("solve", [dense, minres, gmres, nystrom_cg, partial(neumann, max_steps=100)])
+def test_rounding_of_float32_is_not_called_negative_curvature(solve: Callable) -> None:
+    A = spectrum([0.0, 0.0, 1.0, 2.0, 3.0, 4.0]).float()  # semidefinite, its null values rounded to about -1e-7
+    solution = solve(on_flat(A), {"x": A @ random_vector(6).float()}, tol=1e-4)
+    assert solution.x["x"].dtype == torch.float32
+    assert solution.report.converged
+    assert solution.report.negative_curvature is None
+
+
 def lqr_return(theta: Params, nu: Params) -> Tensor:
     """-tr P of a fixed gain; its maximiser is the optimal gain."""
     closed, K = theta["A"] - theta["B"] @ nu["gain"], nu["gain"]

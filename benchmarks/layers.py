@@ -1,7 +1,7 @@
-"""Layers next to their peers: the MPC quadratic program.
+"""Layers next to their peers: the MPC quadratic program; `s-nls`: see `nls.py`.
 
 `s-qp`: 4 states, 2 inputs, horizon 10, |u| <= 0.5, batch 128, cost `sum_k |s_k|^2 + 0.1 |u_k|^2 + q's_k + 5 |s_N|^2`;
-gradient of `sum |u_0|^2` through A, B, q and x0, forward and backward on one thread.
+gradient of `sum |u_0|^2` through A, B, q and x0, forward and backward; one torch thread, the peer with its own pool.
 
     error        of dA, dB, dq, dx0 of every sample, against central differences of step 1e-6: worst sample, relative to
                  the larger of its own gradient and 1 % of the batch's root mean square; samples whose active set
@@ -35,11 +35,13 @@ from sim2real.solvers import condensed_mpc
 
 STATES, INPUTS, HORIZON, LIMIT, BATCH = 4, 2, 10, 0.5, 128
 ACCURATE = 1e-2
+TOLERANCES = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
 SETTINGS: dict[str, dict[str, Any]] = {
     "scs": {"eps": 1e-9},
     "clarabel": {"solve_method": "Clarabel"},
     "clarabel-lsmr": {"solve_method": "Clarabel", "mode": "lsmr"},
     "clarabel-dense": {"solve_method": "Clarabel", "mode": "dense"},
+    "clarabel-dense-tight": {"solve_method": "Clarabel", "mode": "dense", **dict.fromkeys(TOLERANCES, 1e-12)},
 }
 
 

@@ -10,6 +10,7 @@ gradient of `sum |u_0|^2` through A, B, q and x0, forward and backward; one torc
     seconds      ours, forward + backward, median
     speedup      the fastest setting of cvxpylayers that is accurate (gradient within 1e-2 of ours in A, B, q and x0,
                  Frobenius norm over the batch), over ours; medians of the same run, interleaved
+    speedup-one-core   the same of its most accurate setting when it, too, is given one core
     peer-NAME    seconds of each setting, and its error as `peer-NAME-error`
 """
 
@@ -42,6 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clarabel-lsmr": {"solve_method": "Clarabel", "mode": "lsmr"},
     "clarabel-dense": {"solve_method": "Clarabel", "mode": "dense"},
     "clarabel-dense-tight": {"solve_method": "Clarabel", "mode": "dense", **dict.fromkeys(TOLERANCES, 1e-12)},
+    "clarabel-one-core": {
+        "solve_method": "Clarabel",
+        "mode": "dense",
+        "n_jobs_forward": 1,
+        "n_jobs_backward": 1,
+        **dict.fromkeys(TOLERANCES, 1e-12),
+    },
 }
 
 
@@ -154,6 +162,7 @@ def qp(quick: bool) -> Iterator[Figure]:
     accurate = [medians[name] for name in settings if errors[name] <= ACCURATE]
     if not accurate:
         raise MissingError(f"no setting of cvxpylayers came within {ACCURATE}: {errors}")
+    yield Figure("speedup-one-core", medians["clarabel-one-core"] / medians["ours"], "times", len(seconds["ours"]))
     yield Figure("speedup", min(accurate) / medians["ours"], "times", len(seconds["ours"]), reference=130.0)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -108,6 +109,11 @@ def convex_layer(
     return layer
 
 
+def _along(layer: Callable[[Params], Params], leaves: Params, v: Params, g: Params, step: float) -> Tensor:
+    """`<g, nu(theta + step v)>` of every sample."""
+    return _rows(g, layer(axpy(step, v, {key: x.detach() for key, x in leaves.items()})))
+
+
 def derivative_error(layer: ConvexLayer, theta: Params, *, directions: int = 2, seed: int = 0) -> Tensor:
     """`|<g, dnu v> - <grad, v>|` of every sample `[B]`, the worst of random directions, over the largest `<g, dnu v>`.
 
@@ -129,9 +135,7 @@ def derivative_error(layer: ConvexLayer, theta: Params, *, directions: int = 2, 
         g = {name: normal(x) for name, x in nu.items()}
         grads = torch.autograd.grad(_rows(g, nu).sum(), list(leaves.values()), retain_graph=True)
         claims.append(_rows(dict(zip(leaves, grads, strict=True)), v))
-        truths.append(
-            _slope(lambda s, v=v, g=g: _rows(g, layer(axpy(s, v, {k: x.detach() for k, x in leaves.items()}))))
-        )
+        truths.append(_slope(partial(_along, layer, leaves, v, g)))
     claimed, true = torch.stack(claims), torch.stack(truths)
     size = torch.maximum(true.abs().max(), _NOTHING * _rows(nu, nu).detach().sqrt().max().clamp(min=1.0))
     return (claimed - true).abs().amax(0) / size

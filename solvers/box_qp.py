@@ -43,7 +43,7 @@ class BoxQPSolution:
     converged: Tensor
     """`[...]` bool: residual <= tol"""
     residual: Tensor
-    """`[...]`: largest |y - clip(y - gradient in y)| over the largest of |y| and |gradient at 0|; y = D^(1/2) x"""
+    """`[...]`: largest `|y - clip(y - gradient in y)|` over the largest of `|y|`, `|gradient at 0|`; y = D^(1/2) x"""
     margin: Tensor
     """`[...]`: least multiplier of an active and least distance to a bound of a free variable, over the same scale"""
 

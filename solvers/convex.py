@@ -117,10 +117,10 @@ def _along(layer: Callable[[Params], Params], leaves: Params, v: Params, g: Para
 def derivative_error(layer: ConvexLayer, theta: Params, *, directions: int = 2, seed: int = 0) -> Tensor:
     """`|<g, dnu v> - <grad, v>|` of every sample `[B]`, the worst of random directions, over the largest `<g, dnu v>`.
 
-    All of theta has one batch dimension. v is standard normal times max(1, |theta|), g standard normal; `grad` comes
+    All of theta has one batch dimension. v is standard normal times `max(1, |theta|)`, g standard normal; `grad` comes
     from the layer's own backward and `dnu v` from central differences of its solutions: steps 3e-3 down to 1e-6,
     extrapolated, taken where two in succession agree best. Large at a kink and at a degenerate solution too;
-    a largest value below 1e-3 max(1, |nu|) counts as that. Costs `16 directions` solves. Raises `ValueError` for no
+    a largest value below `1e-3 max(1, |nu|)` counts as that. Costs `16 directions` solves. Raises `ValueError` for no
     directions, and what the layer raises.
     """
     if directions < 1:

@@ -65,7 +65,8 @@ class EvaluationSettings:
             ("zero_horizon", "> 0 and finite", 0 < self.zero_horizon < inf),
             ("zero_until", "> 0 and finite", 0 < self.zero_until < inf),
             ("pull", ">= 0 and finite", 0 <= self.pull < inf),
-            ("season", ">= 0 and finite", 0 <= self.season < inf),
+            # a shorter season would repeat values that a forecast from the start cannot know
+            ("season", "0, or finite and at least the horizon", self.season == 0 or self.horizon <= self.season < inf),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")

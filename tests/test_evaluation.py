@@ -231,7 +231,7 @@ def test_zeros_that_did_not_converge_warn(monkeypatch: pytest.MonkeyPatch) -> No
     "wrong",
     [
         {"horizon": math.nan}, {"first_row": -1}, {"max_growth": math.nan}, {"zeros": "per_run"},
-        {"zero_horizon": 0.0}, {"zero_until": math.inf}, {"pull": -1.0}, {"season": math.nan},
+        {"zero_horizon": 0.0}, {"zero_until": math.inf}, {"pull": -1.0}, {"season": math.nan}, {"season": 0.2},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(wrong: dict[str, Any]) -> None:

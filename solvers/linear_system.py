@@ -95,6 +95,7 @@ def concluded(
 
 
 def check_options(damping: float, tol: float) -> None:
+    """Raise `ValueError` unless damping (units of A) is finite and >= 0 and tol (relative to ||b||) lies in (0, 1)."""
     if not (damping >= 0 and math.isfinite(damping)):
         raise ValueError(f"damping must be finite and >= 0 (units of A), got {damping}")
     if not 0 < tol < 1:
@@ -110,6 +111,7 @@ def step_limit(max_steps: int | None, size: int) -> int:
 
 
 def check_finite(values: Tensor, step: int, method: str) -> None:
+    """Raise `ValueError` when what `matvec` returned at this step of a method holds NaN or infinity."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"matvec returned values that are not finite, at step {step} of {method}")
 

@@ -91,7 +91,7 @@ def test_several_tensors_and_a_zero_right_hand_side(solve: Callable) -> None:
     assert float(zero.x["x"].norm()) == 0.0
 
 
-@pytest.mark.parametrize("solve", NEW.values(), ids=NEW)
+@pytest.mark.parametrize("solve", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize(
     ("matvec", "b", "options", "message"),
     [
@@ -99,7 +99,7 @@ def test_several_tensors_and_a_zero_right_hand_side(solve: Callable) -> None:
         (lambda v: v, {"x": torch.tensor([1.0, float("nan")])}, {}, "not finite"),
         (lambda v: v, {"x": torch.ones(2)}, {"damping": -1.0}, "damping"),
         (lambda v: v, {"x": torch.ones(2)}, {"tol": 0.0}, "tol"),
-        (lambda v: v, {"x": torch.ones(2)}, {"max_steps": 0}, "max_steps"),
+        (lambda v: v, {"x": torch.ones(2)}, {"damping": float("nan")}, "damping"),
         (lambda v: {"x": v["x"][:1]}, {"x": torch.ones(2)}, {}, "matvec returned shape"),
         (lambda v: {"z": v["x"]}, {"x": torch.ones(2)}, {}, "matvec returned"),
         (lambda v: {"x": v["x"] * float("nan")}, {"x": torch.ones(2)}, {}, "not finite"),
@@ -109,6 +109,12 @@ def test_several_tensors_and_a_zero_right_hand_side(solve: Callable) -> None:
 def test_bad_inputs_are_named(solve: Callable, matvec: Callable, b: Params, options: dict, message: str) -> None:
     with pytest.raises((ValueError, KeyError), match=message):
         solve(matvec, b, **options)
+
+
+@pytest.mark.parametrize("solve", NEW.values(), ids=NEW)
+def test_a_step_limit_below_one_is_named(solve: Callable) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        solve(lambda v: v, {"x": torch.ones(2)}, max_steps=0)
 
 
 @pytest.mark.parametrize("solve", EVERY.values(), ids=EVERY)

@@ -28,6 +28,7 @@ from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
+from sim2real.solvers.spectrum import Spectrum, spectrum
 
 __all__ = [
     "BellmanOptimum",
@@ -40,6 +41,7 @@ __all__ = [
     "NystromSketch",
     "Objective",
     "QuadraticModel",
+    "Spectrum",
     "UnstableError",
     "box_qp",
     "cg",
@@ -72,6 +74,7 @@ __all__ = [
     "riccati_residual",
     "root_jvp",
     "root_vjp",
+    "spectrum",
     "state_transition",
     "state_values",
     "theseus_solver",

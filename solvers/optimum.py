@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sim2real.params import Params, ravel, unravel
 from sim2real.solve_report import Optimum, SolveReport
+from sim2real.solvers.spectrum import Spectrum, spectrum
 
 Objective = Callable[[Params, Params], Tensor]
 
@@ -42,15 +43,6 @@ class _Model:
     fall: float
     lowest: float
     largest: float
-
-
-@dataclass(frozen=True)
-class _Spectrum:
-    """Ritz values of the Hessian of the cost: the lowest with its direction, and the largest magnitude."""
-
-    lowest: float
-    largest: float
-    direction: Tensor
 
 
 def policy_optimum(
@@ -108,12 +100,14 @@ def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_ste
         largest = max(largest, model.largest)
         if size <= tol * largest * max(1.0, float(point.x.norm())):
             point = _polish(cost, point)
-            spectrum = _spectrum(point)
-            largest = max(largest, spectrum.largest)
-            if spectrum.lowest >= -(tol**0.5) * largest:
-                return point, _report(point, spectrum, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
+            ends = _spectrum(point)
+            largest = max(largest, ends.largest, -ends.lowest)
+            if ends.lowest >= -(tol**0.5) * largest:
+                return point, _report(point, ends, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
             status = f"at a saddle after the allowed {max_steps} steps"
-            trial = min((_evaluate(cost, point.x + s * radius * spectrum.direction) for s in (1, -1)), key=_cost_or_inf)
+            trial = min(
+                (_evaluate(cost, point.x + s * radius * ends.direction["x"]) for s in (1, -1)), key=_cost_or_inf
+            )
             point, radius = (trial, radius) if trial.cost < point.cost else (point, 0.25 * radius)
             continue
         status = f"not stationary after the allowed {max_steps} steps"
@@ -165,23 +159,8 @@ def _model(point: _Point, radius: float, forcing: float) -> _Model:
     return _Model(step, -float(point.gradient @ step) - 0.5 * float(step @ hs), lowest, largest)
 
 
-def _spectrum(point: _Point) -> _Spectrum:
-    """Lanczos with full orthogonalisation from a fixed pseudo-random start; exact up to 40 parameters."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(point.x.numel(), generator=generator, dtype=point.x.dtype).to(point.x.device)
-    basis, images = [q / q.norm()], [point.product(q / q.norm())]
-    while len(basis) < min(q.numel(), 40):
-        vectors = torch.stack(basis)
-        q = images[-1] - vectors.T @ (vectors @ images[-1])
-        q = q - vectors.T @ (vectors @ q)
-        if float(q.norm()) <= 1e-12 * float(images[-1].norm()):
-            break
-        basis.append(q / q.norm())
-        images.append(point.product(basis[-1]))
-    vectors, products = torch.stack(basis), torch.stack(images)
-    projected = vectors @ products.T
-    values, coordinates = torch.linalg.eigh(0.5 * (projected + projected.T))
-    return _Spectrum(float(values[0]), float(values[-1].abs().max(values[0].abs())), coordinates[:, 0] @ vectors)
+def _spectrum(point: _Point) -> Spectrum:
+    return spectrum(lambda x: {"x": point.product(x["x"])}, {"x": point.x})
 
 
 def _polish(cost: Callable[[Tensor], Tensor], point: _Point) -> _Point:
@@ -223,14 +202,14 @@ def _lbfgs(cost: Callable[[Tensor], Tensor], point: _Point, max_steps: int) -> _
     return point
 
 
-def _report(point: _Point, spectrum: _Spectrum, steps: int, converged: bool, status: str) -> SolveReport:
-    size = float(point.gradient.norm())
+def _report(point: _Point, ends: Spectrum, steps: int, converged: bool, status: str) -> SolveReport:
+    size, largest = float(point.gradient.norm()), max(ends.largest, -ends.lowest)
     return SolveReport(
         converged=converged,
         residual=size,
         steps=steps,
-        status=f"{status}: gradient norm {size:.1e}, largest curvature {spectrum.largest:.1e}",
-        negative_curvature=spectrum.lowest if spectrum.lowest < -1e-14 * spectrum.largest else None,
+        status=f"{status}: gradient norm {size:.1e}, largest curvature {largest:.1e}",
+        negative_curvature=ends.negative_curvature,
         stationarity=size,
-        eigenvalues=(spectrum.lowest, spectrum.largest),
+        eigenvalues=(ends.lowest, largest),
     )

@@ -1,0 +1,124 @@
+"""The ends of the spectrum of a symmetric operator A, given only `matvec(x) = A x`: Lanczos, fully orthogonalised.
+
+On an orthonormal basis V of a Krylov space the eigenpairs `(value, y)` of `V' A V` (Ritz values) lie inside the
+spectrum and reach its ends first. For each Ritz pair, `u = V y`,
+
+    some eigenvalue of A lies within |A u - value u| of value,
+
+so the lowest Ritz value proves negative curvature but never its absence. From a random start the lowest eigenvalue
+lies, with probability 0.999, above
+
+    floor = lowest - (largest - lowest) e / (1 - 2e),    1.648 sqrt(P) exp(-sqrt(e) (2k - 1)) = 0.0005,
+
+after k steps on P unknowns (each end may be missed by the share e of the whole width). References: Parlett, The
+Symmetric Eigenvalue Problem, SIAM 1998, section 4.5; Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992)
+1094, theorem 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sim2real.params import Params
+from sim2real.solvers.linear_system import FlatMatvec, Matvec, check_finite, flatten, negative
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What `steps` products tell of the eigenvalues of A, all in the units of A."""
+
+    lowest: float
+    largest: float
+    lowest_residual: float
+    """`|A u - lowest u|`: some eigenvalue lies within it of `lowest`"""
+    largest_residual: float
+    floor: float
+    """below the lowest eigenvalue with probability 0.999 over random starts; -inf after too few steps"""
+    exact: bool
+    """no Krylov space is left: `values` holds every distinct eigenvalue, to rounding"""
+    negative_curvature: float | None
+    """`lowest` where it is negative beyond rounding"""
+    direction: Params
+    """the unit Ritz vector of `lowest`"""
+    values: Tensor
+    """all Ritz values, ascending, `[k]`"""
+    steps: int
+
+
+def spectrum(
+    matvec: Matvec,
+    like: Params,
+    *,
+    steps: int = 40,
+    starts: tuple[Params, ...] = (),
+    generator: torch.Generator | None = None,
+) -> Spectrum:
+    """The ends of the spectrum of a symmetric A on `Params` shaped as `like` by at most `steps` + 2 products.
+
+    Without `starts` the Krylov space is that of one random vector (of `generator`, by default a fixed one). Each of
+    `starts`, such as a gradient, a right-hand side or the `direction` of a former call, gets an equal share of the
+    steps, the random vector last. Memory: `steps` vectors. Up to `steps` unknowns the answer is exact. Raises
+    `ValueError` for steps below the number of starts and as `cg` does.
+    """
+    if steps <= len(starts):
+        raise ValueError(f"steps must exceed the number of starts ({len(starts)}), got {steps}")
+    apply, reference, restore = flatten(matvec, like, 0)
+    given = [flatten(matvec, {key: start[key] for key in like}, 0)[1] for start in starts]
+    basis, projected, exhausted, random_steps = _krylov(apply, reference, given, steps, generator)
+    values, coordinates = torch.linalg.eigh(projected)
+    ends = [coordinates[:, index] @ basis for index in (0, -1)]
+    products = [apply(u[None])[0] - value * u for u, value in zip(ends, (values[0], values[-1]), strict=True)]
+    lowest, largest = float(values[0]), float(values[-1])
+    return Spectrum(
+        lowest=lowest,
+        largest=largest,
+        lowest_residual=float(products[0].norm()),
+        largest_residual=float(products[1].norm()),
+        floor=lowest if exhausted else _floor(lowest, largest, reference.numel(), random_steps),
+        exact=exhausted,
+        negative_curvature=negative(lowest, largest, reference.dtype),
+        direction=restore(ends[0][None]),
+        values=values,
+        steps=len(basis) + 2,
+    )
+
+
+def _krylov(
+    apply: FlatMatvec, reference: Tensor, given: list[Tensor], steps: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, bool, int]:
+    """An orthonormal basis `[k, P]`, `V A V'` on it, whether nothing is left, and the steps from the random start."""
+    size = reference.numel()
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    random = torch.randn(1, size, generator=generator, dtype=reference.dtype).to(reference.device)
+    limit = min(steps, size)
+    basis = reference.new_zeros(limit, size)
+    projected = reference.new_zeros(limit, limit)
+    count, before, largest = 0, 0, 0.0
+    exhausted = True
+    for number, start in enumerate([*given, random]):
+        before = count
+        end = count + (limit - count) // (len(given) + 1 - number)
+        rest, scale = start[0], float(start.norm())
+        while True:
+            for _ in range(2):  # Gram-Schmidt twice is orthogonal to rounding
+                rest = rest - basis[:count].T @ (basis[:count] @ rest)
+            invariant = float(rest.norm()) <= 1e3 * torch.finfo(rest.dtype).eps * scale
+            if invariant or count == end:
+                break
+            basis[count] = rest / rest.norm()
+            rest = apply(basis[count][None])[0]
+            check_finite(rest, count + 1, "Lanczos")
+            projected[: count + 1, count] = projected[count, : count + 1] = basis[: count + 1] @ rest
+            count, largest = count + 1, max(largest, float(rest.norm()))
+            scale = largest
+        exhausted = exhausted and invariant
+    return basis[:count], projected[:count, :count], exhausted, count - before
+
+
+def _floor(lowest: float, largest: float, size: int, steps: int) -> float:
+    e = (math.log(1.648 * size**0.5 / 0.0005) / (2 * steps - 1)) ** 2
+    return lowest - (largest - lowest) * e / (1 - 2 * e) if e < 0.5 else -math.inf

@@ -1,19 +1,28 @@
 """Estimators: gradients of returns and sensitivities of policies."""
 
+from sim2real.estimators.audit import Audit, audit
+from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.finite_difference import finite_difference_gradient
+from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.score_function import score_function_gradient
+from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
 
 __all__ = [
+    "Audit",
+    "Certificate",
     "Critic",
     "CriticError",
     "Transitions",
+    "audit",
+    "certify",
     "finite_difference_gradient",
+    "hessian_free_gradient",
     "least_squares_critic",
     "logged_policy_gradient",
     "lqr_sensitivity",
@@ -22,5 +31,8 @@ __all__ = [
     "policy_sensitivity",
     "quadratic_features",
     "score_function_gradient",
+    "soft_action_value",
+    "soft_consistency",
+    "soft_return",
     "transitions",
 ]

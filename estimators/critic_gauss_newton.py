@@ -1,0 +1,243 @@
+"""Policy sensitivity from a critic: critic Gauss-Newton.
+
+With a(nu, s, e) the action, Q(s, a) the critic of the policy held fixed, d the discounted state weights of the
+simulator and the expectation over the policy's noise e,
+
+    H_GN = E_d E_e[ (d_nu a)^T Q_aa (d_nu a) ],    C_GN = E_d E_e[ (d_nu a)^T d_theta grad_a Q ],
+    dnu*/dtheta = -H_GN^-1 C_GN.
+
+Where the policy class can choose the action freely in every state, an optimum has `E_e grad_a Q(s, a) = 0` in every
+state that counts. H_GN then equals the Hessian J_nunu, and C_GN the cross derivative J_nutheta, because all other terms
+(the shift of d, the change of Q with nu, the second derivative of a) carry that factor. Returns are maximised: Q_aa is
+negative definite. Where the policy class binds, the factor is not zero and the answer is biased; two figures tell:
+
+    representability  sqrt( E_d[delta' (-Q_aa) delta] / E_d E_e[(a - mean a)' (-Q_aa) (a - mean a)] ),
+                      delta(s) = -(E_e Q_aa)^-1 E_e grad_a Q, the change of action the critic still wants,
+    stationarity      |E_d E_e (d_nu a)^T grad_a Q| = |grad_nu J|, and what the Newton step would gain in return.
+
+The part of representability that a step in nu removes is non-stationarity, the rest belongs to the policy class.
+Reference: D. Silver et al., Deterministic Policy Gradient Algorithms, 2014, eq. 9, differentiated once more.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sim2real.estimators.critic import act
+from sim2real.estimators.model_critic import Nodes
+from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.params import Params
+from sim2real.policy import Policy
+from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedError, UnconvergedWarning
+from sim2real.solvers.linear import Solve, cg
+
+QValues = Callable[[Params, Tensor, Tensor], Tensor]
+"""theta, state `[N, n]`, action `[N, m]` -> Q `[N]` of the policy held fixed; twice differentiable in the action"""
+
+_SCALE = "critic scale"  # a parameter that multiplies Q: its sensitivity is the Newton step of nu
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Second-order expansion of Q in the action at K noise nodes of N states; `base [K, N, m]`."""
+
+    base: Tensor
+    slope: Tensor
+    """`[K, N, m]` grad_a Q"""
+    curvature: Tensor
+    """`[K, N, m, m]` Q_aa"""
+    shares: Tensor
+    """`[K, N]` node weight times state weight"""
+
+
+def critic_gauss_newton(
+    q_values: QValues,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    states: Tensor,
+    weights: Tensor,
+    nodes: Nodes,
+    *,
+    cotangent: Params | None = None,
+    damping: float | Literal["auto"] = 0.0,
+    solve: Solve = cg,
+    tolerance: float = 0.1,
+    strict: bool = False,
+) -> Sensitivity:
+    """dnu*/dtheta from the critic `q_values(theta, s, a)` at `states [N, n]` with the state weights `weights [N]`.
+
+    `nodes`: noise `[K, noise_dim]` and weights of the policy (`policy_nodes`). `report.converged` asks for a converged
+    solve, a negative definite Q_aa, and stationarity and representability at most `tolerance` (relative to the spread
+    of the actions); where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`.
+    info: "representability", "unrepresentable" (the part that no nu removes), "distance" (the part that the Newton step
+    removes), "gain" (of return, which that step promises), "newton_step_effect" (its first-order effect on
+    `<cotangent, nu>`, when a cotangent is given), "largest_q_aa" (largest eigenvalue of Q_aa; must be negative).
+    """
+    states64, weights64 = states.detach().double(), weights.detach().double()
+    nu64 = {key: value.detach().double() for key, value in nu.items()}
+    theta64 = {key: value.detach().double() for key, value in theta.items()}
+    scale = {_SCALE: torch.ones((), dtype=torch.float64, device=states.device)}
+    scaled = lambda th, s, a: th[_SCALE] * q_values({key: th[key] for key in theta}, s, a)
+    held = expand(partial(q_values, theta64), policy, nu64, states64, weights64, nodes)
+    largest = float(torch.linalg.eigvalsh(_mean_curvature(held)).max())
+    if not largest < 0:
+        raise UnconvergedError(
+            f"the critic has no maximum in the action: the largest eigenvalue of Q_aa is {largest:.3g}, it must be "
+            "negative. Draw more rollouts, explore more, or choose features with less freedom in the action"
+        )
+    J = lambda th, nu_: _surrogate(partial(scaled, th), policy, nu_, states64, nodes, held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)  # judged below, with the critic's own conditions
+        inner = policy_sensitivity(
+            J, theta64 | scale, nu64, cotangent=cotangent, damping=damping, solve=solve, strict=False
+        )
+        step = inner.jvp({key: torch.zeros_like(value) for key, value in theta64.items()} | scale)
+    figures = _figures(held, step, policy, nu64, states64, nodes)
+    info = {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
+    info["largest_q_aa"] = torch.tensor(largest, dtype=torch.float64)
+    report = judged(inner.report, figures, tolerance)
+    demand(report, strict)
+
+    def vjp(g: Params) -> Params:
+        pulled = inner.vjp(g)
+        return {key: pulled[key].to(theta[key].dtype) for key in theta}
+
+    def jvp(v: Params) -> Params:
+        pushed = inner.jvp(v | {_SCALE: torch.zeros_like(scale[_SCALE])})
+        return {key: pushed[key].to(nu[key].dtype) for key in nu}
+
+    return Sensitivity(vjp, jvp, report, info)
+
+
+def expand(
+    q_values: Callable[[Tensor, Tensor], Tensor],
+    policy: Policy,
+    nu: Params,
+    states: Tensor,
+    weights: Tensor,
+    nodes: Nodes,
+) -> Expansion:
+    """Slope and curvature of `q_values(s, a)` in the action, where the policy acts."""
+    base, slope, curvature = [], [], []
+    for node in nodes[0]:
+        with torch.no_grad():
+            action = act(policy, nu, states, node).double()
+        slopes = action_slope(q_values, states, action.requires_grad_(), create_graph=True)
+        rows = [
+            torch.autograd.grad(slopes[:, j].sum(), action, retain_graph=True, materialize_grads=True)[0]
+            if slopes.requires_grad
+            else torch.zeros_like(action)
+            for j in range(action.shape[-1])
+        ]
+        base.append(action.detach())
+        slope.append(slopes.detach())
+        curvature.append(torch.stack(rows, -2))
+    matrices = torch.stack(curvature)
+    shares = nodes[1].unsqueeze(-1) * weights
+    return Expansion(torch.stack(base), torch.stack(slope), 0.5 * (matrices + matrices.mT), shares)
+
+
+def action_slope(
+    q_values: Callable[[Tensor, Tensor], Tensor], states: Tensor, actions: Tensor, *, create_graph: bool
+) -> Tensor:
+    """grad_a Q `[N, m]` at actions that require a gradient."""
+    with torch.enable_grad():
+        values = q_values(states, actions)
+        if values.shape != states.shape[:1]:
+            raise ValueError(f"q_values gave {tuple(values.shape)} for {len(states)} states; expected [N]")
+        if not values.requires_grad:
+            raise ValueError("q_values does not depend differentiably on the action")
+        (slope,) = torch.autograd.grad(values.sum(), actions, create_graph=create_graph, materialize_grads=True)
+    return slope
+
+
+def _surrogate(
+    q_values: Callable[[Tensor, Tensor], Tensor],
+    policy: Policy,
+    nu: Params,
+    states: Tensor,
+    nodes: Nodes,
+    held: Expansion,
+) -> Tensor:
+    """The quadratic model whose Hessian in nu is H_GN and whose cross derivative is C_GN; its gradient is zero."""
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    for k, node in enumerate(nodes[0]):
+        change = act(policy, nu, states, node) - held.base[k]
+        moved = action_slope(q_values, states, held.base[k].clone().requires_grad_(), create_graph=True)
+        bent = (held.curvature[k] @ change.unsqueeze(-1)).squeeze(-1)
+        total = total + (held.shares[k] * (change * (moved - held.slope[k] + 0.5 * bent)).sum(-1)).sum()
+    return total
+
+
+def _mean_curvature(held: Expansion) -> Tensor:
+    """E_e Q_aa `[N, m, m]`, of states with weight."""
+    shares = held.shares / held.shares.sum(0).clamp(min=1e-300)
+    return (shares[..., None, None] * held.curvature).sum(0)[held.shares.sum(0) > 0]
+
+
+def _figures(
+    held: Expansion, step: Params, policy: Policy, nu: Params, states: Tensor, nodes: Nodes
+) -> dict[str, float]:
+    leaves = {key: value.detach().requires_grad_() for key, value in nu.items()}
+    with torch.enable_grad():
+        pairs = zip(nodes[0], held.slope, held.shares, strict=True)
+        promise = [(w * (act(policy, leaves, states, e) * g).sum(-1)).sum() for e, g, w in pairs]
+        gradient = torch.autograd.grad(
+            torch.stack(promise).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+    weights = held.shares.sum(0)
+    kept = weights > 0
+    shares = held.shares[:, kept] / weights[kept]
+    slope = (shares.unsqueeze(-1) * held.slope[:, kept]).sum(0)
+    curvature = -_mean_curvature(held)
+    wanted = (torch.linalg.inv(curvature) @ slope.unsqueeze(-1)).squeeze(-1)
+    size = float((weights[kept] * (slope * wanted).sum(-1)).sum())
+    total = held.shares.sum()
+    centre = (held.shares.unsqueeze(-1) * held.base).sum((0, 1)) / total
+    away = held.base[:, kept] - centre
+    bent = (curvature @ away.unsqueeze(-1)).squeeze(-1)
+    spread = float((held.shares[:, kept] * (away * bent).sum(-1)).sum())
+    removed = float(sum((g * step[key]).sum() for g, key in zip(gradient, nu, strict=True)))
+    relative = lambda part: math.sqrt(max(part, 0.0) / spread) if spread > 0 else (0.0 if part <= 0 else math.inf)
+    return {
+        "representability": relative(size),
+        "unrepresentable": relative(size - removed),
+        "distance": relative(removed),
+        "gain": 0.5 * removed,
+        "stationarity": math.sqrt(sum(float(g.square().sum()) for g in gradient)),
+    }
+
+
+def judged(report: SolveReport, figures: dict[str, float], tolerance: float) -> SolveReport:
+    """The report with the critic's conditions."""
+    reasons = [report.status]
+    if figures["distance"] > tolerance:
+        reasons.append(
+            f"nu is not stationary: the critic's Newton step changes the actions by {figures['distance']:.2g} of their "
+            f"spread, allowed {tolerance:.2g}, for {figures['gain']:.2g} of return"
+        )
+    if figures["unrepresentable"] > tolerance:
+        reasons.append(
+            f"the policy class binds: actions want to change by {figures['unrepresentable']:.2g} of their spread in "
+            f"ways no nu gives, allowed {tolerance:.2g}; the full Hessian is needed"
+        )
+    converged = report.converged and len(reasons) == 1
+    return replace(report, converged=converged, stationarity=figures["stationarity"], status="; ".join(reasons))
+
+
+def demand(report: SolveReport, strict: bool) -> None:
+    """Warn `UnconvergedWarning`, or raise `UnconvergedError` under `strict`, unless the report has converged."""
+    if not report.converged:
+        message = f"the policy sensitivity is not to be trusted: {report.status}"
+        if strict:
+            raise UnconvergedError(message)
+        warnings.warn(message, UnconvergedWarning, stacklevel=3)

@@ -1,0 +1,323 @@
+"""Critic of a policy in the simulator, and how it moves with the simulator's parameters at a fixed policy.
+
+Q(s, a) = phi(s, a)^T W solves the least-squares Bellman equation over N simulated transitions,
+
+    A W = sum_i c_i phi_i r_i,   A = sum_i c_i phi_i (phi_i - discount phi'_i)^T,   phi'_i = E_{a' ~ pi} phi(s'_i, a'),
+
+and `G = d_theta Q` at fixed policy the same equation with the reward replaced by `y_i = d_theta` of
+
+    score:     r(theta, s, a, e, s') + D_i log rho(theta, s, a, s'),    D_i = r_i + discount V(s'_i) - Q(s_i, a_i),
+    pathwise:  r(theta, s, a, e, f) + discount grad V(s'_i)^T f,    f = step(theta, s, a, e),
+
+V(s) = E_{a ~ pi} Q(s, a), and D_i held: it is the part of reward and value that chance decides, so `E[D grad log rho]`
+is the derivative of their mean. dW/dtheta is never formed: a cotangent g of W costs the transposed solve
+`A^T lambda = g` and one backward pass through `sum_i c_i (phi_i^T lambda) y_i`. The score form needs no derivative of
+the simulator, only of its log density.
+
+The expectation over actions is a third-degree cubature in the policy's noise (exact for quadratic features of an action
+linear in it). c_i as in `critic.py`. The infinite horizon is meant: the last step of a rollout is no end.
+References: M. Lagoudakis and R. Parr, Least-Squares Policy Iteration, 2003, section 5 (LSTD-Q); I. Arasaratnam and
+S. Haykin, Cubature Kalman Filters, 2009, equation 32 (the nodes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sim2real.estimators.critic import (
+    CriticError,
+    CriticSystem,
+    Features,
+    act,
+    check_identified,
+    leverage_weights,
+    noise_nodes,
+    quadratic_features,
+    scaled_features,
+)
+from sim2real.estimators.transitions import Transitions, transitions
+from sim2real.mdp import ModelMDP, Noise
+from sim2real.params import Params, axpy, dot
+from sim2real.policy import Policy
+from sim2real.rollout import rollout
+
+Derivative = Literal["auto", "score", "pathwise"]
+Nodes = tuple[Tensor, Tensor]
+"""noise of the policy `[K, noise_dim]` and weights `[K]`, summing to 1"""
+
+_ROWS = 65_536  # transitions in one graph: bounds memory, not the result
+_DIFFERENCE_STEP = 6e-6  # cube root of the float64 rounding
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """N simulated transitions with what the critic needs of each; q features."""
+
+    transitions: Transitions
+    noise: Tensor
+    """`[N, k]` process noise"""
+    phi: Tensor
+    """`[N, q]`"""
+    following: Tensor
+    """`[N, q]` phi', zero after the end"""
+    weights: Tensor
+    """`[N]` c"""
+    group: Tensor
+    """`[N]` int64: which group of rollouts, for standard errors"""
+
+
+@dataclass(frozen=True)
+class ModelCritic:
+    """`Q(s, a) = features(s, a) @ weights` of the policy in the simulator at theta."""
+
+    weights: Tensor
+    """W `[q]`"""
+    features: Features
+    nodes: Nodes
+    system: Tensor
+    """A `[q, q]`"""
+    sums: CriticSystem
+    """of A and the right-hand side, per group"""
+    data: Simulated
+    derivative: Literal["score", "pathwise"]
+    price: Tensor
+    """what the successor is worth: D `[N]` (score), or discount grad V `[N, n]` (pathwise)"""
+    condition: float
+    bellman_radius: float
+    left_out: int | None = None
+    """the group of rollouts that this fit does without"""
+
+
+def model_critic(
+    mdp: ModelMDP,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    noise: Noise,
+    *,
+    features: Features | None = None,
+    derivative: Derivative = "auto",
+    behaviour: Policy | None = None,
+    ridge: float = 0.0,
+    groups: int = 8,
+) -> ModelCritic:
+    """Q of `policy` in `mdp` at theta from the rollouts of `noise`, in float64.
+
+    `features(s, a) -> [N, q]` (None: all monomials up to degree 2). `derivative` "auto": pathwise where the model has a
+    derivative, else score. `behaviour`: who acts in the rollouts, with the same nu (None: the policy itself); a
+    deterministic policy needs one, say `exploring_policy(policy, std)`, and `noise.policy` then holds its columns.
+    Memory: two features `[N, q]`. Raises `CriticError` when the data fix no critic or it diverges, `ValueError` when
+    the model has neither a derivative nor a log_prob, or the options do not fit.
+    """
+    mode = derivative_mode(mdp, derivative)
+    if not 1 <= groups <= noise.process.shape[0]:
+        raise ValueError(f"groups must be between 1 and the {noise.process.shape[0]} rollouts, got {groups}")
+    acting = policy if behaviour is None else behaviour
+    if noise.policy.shape[-1] != acting.noise_dim:
+        raise ValueError(
+            f"noise.policy has {noise.policy.shape[-1]} columns, the acting policy needs {acting.noise_dim}"
+        )
+    with torch.no_grad():
+        drawn = rollout(mdp, acting, theta, nu, noise)
+        flat = transitions(drawn)
+        mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
+        basis = scaled_features(features if features is not None else quadratic_features(flat), flat)
+        nodes = policy_nodes(policy, nu, flat.states)
+        phi = by_rows(lambda rows: basis(flat.states[rows], flat.actions[rows]), len(flat.rewards))
+        mean = lambda rows: expected(policy, nu, flat.next_states[rows], basis, nodes)
+        following = by_rows(mean, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
+        episodes = len(flat.initial_states)
+        group = flat.episode * groups // episodes
+        data = Simulated(flat, noise.process[mask], phi, following, leverage_weights(phi), group)
+    sums = _ridged(_sums(data, groups), ridge)
+    condition, radius = check_identified(sums, mdp.discount, 0.0)
+    if radius >= 1:
+        raise CriticError(
+            f"the policy's value diverges in the simulator (Bellman radius {radius:.4g} >= 1): train it further, "
+            "lower the discount, or draw more rollouts"
+        )
+    weights, system = _solution(sums, list(range(groups)), mdp.discount)
+    price = _price(policy, nu, weights, basis, nodes, data, mdp.discount, mode)
+    return ModelCritic(weights, basis, nodes, system, sums, data, mode, price, condition, radius)
+
+
+def derivative_mode(mdp: ModelMDP, derivative: Derivative) -> Literal["score", "pathwise"]:
+    """What "auto" means for this model; raises `ValueError` for what the model cannot give."""
+    if derivative not in ("auto", "score", "pathwise"):
+        raise ValueError(f"derivative must be 'auto', 'score' or 'pathwise', got {derivative!r}")
+    mode: Literal["score", "pathwise"] = "pathwise" if mdp.derivative_order else "score"
+    if derivative != "auto":
+        mode = derivative
+    if mode == "pathwise" and mdp.derivative_order == 0:
+        raise ValueError("the model declares derivative_order 0: no pathwise derivative; use derivative='score'")
+    if mode == "score":
+        log_density(mdp)
+    return mode
+
+
+def leave_out(critic: ModelCritic, policy: Policy, nu: Params, group: int, discount: float) -> ModelCritic:
+    """The critic refitted without one group of rollouts: a jackknife replicate."""
+    keep = [g for g in range(len(critic.sums.gram)) if g != group]
+    weights, system = _solution(critic.sums, keep, discount)
+    price = _price(policy, nu, weights, critic.features, critic.nodes, critic.data, discount, critic.derivative)
+    return replace(critic, weights=weights, system=system, price=price, left_out=group)
+
+
+def critic_vjp(critic: ModelCritic, mdp: ModelMDP, theta: Params, cotangent: Tensor) -> Params:
+    """`(dW/dtheta)^T cotangent` of a cotangent `[q]`, at fixed policy."""
+    adjoint = torch.linalg.inv(critic.system).mT @ cotangent
+    total = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in theta.items()}
+    for rows in _blocks(critic):
+        leaves = {key: value.detach().double().requires_grad_() for key, value in theta.items()}
+        with torch.enable_grad():
+            worth = _targets(critic, mdp, leaves, rows) @ (_weighted(critic, rows) @ adjoint)
+        if worth.requires_grad:
+            parts = torch.autograd.grad(worth, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            total = {key: total[key] + part for key, part in zip(leaves, parts, strict=True)}
+    return total
+
+
+def critic_jvp(critic: ModelCritic, mdp: ModelMDP, theta: Params, tangent: Params) -> Tensor:
+    """`(dW/dtheta) tangent` `[q]`, at fixed policy; central differences where the step's derivative is first order."""
+    theta64 = {key: value.detach().double() for key, value in theta.items()}
+    tangent64 = {key: value.detach().double() for key, value in tangent.items()}
+    derivative = _directional if critic.derivative == "score" or mdp.derivative_order == 2 else _difference
+    total = torch.zeros_like(critic.weights)
+    for rows in _blocks(critic):
+        slope = derivative(partial(_targets, critic, mdp, rows=rows), theta64, tangent64)
+        total = total + _weighted(critic, rows).mT @ slope
+    return torch.linalg.inv(critic.system) @ total
+
+
+def policy_nodes(policy: Policy, nu: Params, states: Tensor) -> Nodes:
+    """Nodes for expectations over the policy's noise: `+-sqrt(d) e_i` of d columns, or those of `critic.noise_nodes`
+    where the action does not follow its noise smoothly."""
+    d = policy.noise_dim
+    if d == 0 or not moves_smoothly(policy, nu, states):
+        return noise_nodes(policy, nu, states)
+    eye = torch.eye(d, dtype=torch.float64, device=states.device) * d**0.5
+    return torch.cat([eye, -eye]), torch.full((2 * d,), 1 / (2 * d), dtype=torch.float64, device=states.device)
+
+
+def moves_smoothly(policy: Policy, nu: Params, states: Tensor) -> bool:
+    """Whether the action has a derivative in nu, as those of continuous reparameterised policies do."""
+    leaves = {key: value.detach().requires_grad_() for key, value in nu.items()}
+    with torch.enable_grad():
+        noise = torch.zeros(policy.noise_dim, dtype=torch.float64, device=states.device)
+        return bool(act(policy, leaves, states[:1], noise).requires_grad)
+
+
+def expected(policy: Policy, nu: Params, states: Tensor, features: Features, nodes: Nodes) -> Tensor:
+    """`E_{a ~ pi} phi(s, a)` `[N, q]`."""
+    parts = [weight * features(states, act(policy, nu, states, node)) for node, weight in zip(*nodes, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def by_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
+    """`function` of slices of at most 65 536 rows, joined."""
+    return torch.cat([function(slice(start, start + _ROWS)) for start in range(0, count, _ROWS)])
+
+
+def _sums(data: Simulated, groups: int) -> CriticSystem:
+    weighted = data.weights.unsqueeze(-1) * data.phi
+    rewards, parts = data.transitions.rewards.double(), []
+    for g in range(groups):
+        rows = data.group == g
+        chosen = weighted[rows]
+        parts.append((chosen.mT @ data.phi[rows], chosen.mT @ data.following[rows], chosen.mT @ rewards[rows]))
+    gram, cross, reward = (torch.stack(part) for part in zip(*parts, strict=True))
+    return CriticSystem(gram, cross, reward, torch.zeros_like(reward), torch.ones_like(reward[:, 0]))
+
+
+def _solution(sums: CriticSystem, keep: list[int], discount: float) -> tuple[Tensor, Tensor]:
+    system = (sums.gram[keep] - discount * sums.cross[keep]).sum(0)
+    return torch.linalg.inv(system) @ sums.reward[keep].sum(0), system
+
+
+def _ridged(sums: CriticSystem, ridge: float) -> CriticSystem:
+    """`ridge` times the mean square of the features, added to each group's share of A."""
+    eye = torch.eye(sums.gram.shape[-1], dtype=sums.gram.dtype, device=sums.gram.device)
+    size = sums.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return replace(sums, gram=sums.gram + ridge * size * eye)
+
+
+def _price(
+    policy: Policy,
+    nu: Params,
+    weights: Tensor,
+    features: Features,
+    nodes: Nodes,
+    data: Simulated,
+    discount: float,
+    mode: Literal["score", "pathwise"],
+) -> Tensor:
+    """What the target's derivative needs of the value function: D `[N]`, or discount grad V at s' `[N, n]`."""
+    flat = data.transitions
+    if mode == "score":
+        return flat.rewards.double() + (discount * data.following - data.phi) @ weights
+
+    def slope(rows: slice) -> Tensor:
+        states = flat.next_states[rows].double().requires_grad_()
+        with torch.enable_grad():
+            value = (expected(policy, nu, states, features, nodes) @ weights).sum()
+            return torch.autograd.grad(value, states)[0]
+
+    return discount * by_rows(slope, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
+
+
+def _blocks(critic: ModelCritic) -> list[Tensor]:
+    """Indices of the transitions in the fit, in blocks."""
+    group = critic.data.group
+    kept = torch.arange(len(group), device=group.device)
+    if critic.left_out is not None:
+        kept = kept[group != critic.left_out]
+    return list(kept.split(_ROWS))
+
+
+def _weighted(critic: ModelCritic, rows: Tensor) -> Tensor:
+    return critic.data.weights[rows].unsqueeze(-1) * critic.data.phi[rows]
+
+
+def _targets(critic: ModelCritic, mdp: ModelMDP, theta: Params, rows: Tensor) -> Tensor:
+    """Whose derivative in theta is y, per transition `[M]`."""
+    data, price = critic.data.transitions, critic.price[rows]
+    s, a, e, after = data.states[rows], data.actions[rows], critic.data.noise[rows], data.next_states[rows]
+    if critic.derivative == "score":
+        return mdp.reward(theta, s, a, e, after) + price * log_density(mdp)(theta, s, a, after)
+    moved = mdp.step(theta, s, a, e)
+    return mdp.reward(theta, s, a, e, moved) + (price * moved).sum(-1)
+
+
+def log_density(mdp: ModelMDP) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+    """`mdp.log_prob`; raises `ValueError` where the model has none."""
+    if mdp.log_prob is None:
+        raise ValueError("the model declares no log_prob: no score; give it a density, or a derivative of its step")
+    return mdp.log_prob
+
+
+def _directional(targets: Callable[[Params], Tensor], theta: Params, tangent: Params) -> Tensor:
+    """Derivative of `targets` along `tangent`, by two backward passes (exact; no forward mode asked of the model)."""
+    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
+    with torch.enable_grad():
+        value = targets(leaves)
+        if not value.requires_grad:
+            return torch.zeros_like(value)
+        along = torch.zeros_like(value, requires_grad=True)
+        pulled = torch.autograd.grad(
+            value, list(leaves.values()), along, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        slope = dot(dict(zip(leaves, pulled, strict=True)), tangent)
+        return torch.autograd.grad(slope, along)[0]
+
+
+def _difference(targets: Callable[[Params], Tensor], theta: Params, tangent: Params) -> Tensor:
+    size = max(1e-300, float(dot(tangent, tangent)) ** 0.5)
+    step = _DIFFERENCE_STEP * max(1.0, float(dot(theta, theta)) ** 0.5) / size
+    with torch.no_grad():
+        return (targets(axpy(step, tangent, theta)) - targets(axpy(-step, tangent, theta))) / (2 * step)

@@ -3,12 +3,27 @@
 from sim2real.estimators.audit import Audit, audit
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
+from sim2real.estimators.equivalence import (
+    Condition,
+    EquivalenceError,
+    EquivalenceGap,
+    TabularMDP,
+    equivalence_gap,
+    modified_reward,
+)
 from sim2real.estimators.finite_difference import finite_difference_gradient
 from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
+from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.estimators.sampled_equivalence import (
+    Simulator,
+    sampled_conditions,
+    sampled_equivalence_gap,
+    sampled_modified_reward,
+)
 from sim2real.estimators.score_function import score_function_gradient
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
@@ -16,20 +31,33 @@ from sim2real.estimators.transitions import Transitions, merge_transitions, tran
 __all__ = [
     "Audit",
     "Certificate",
+    "Condition",
     "Critic",
     "CriticError",
+    "EquivalenceError",
+    "EquivalenceGap",
+    "LinearQuadratic",
+    "Simulator",
+    "TabularMDP",
     "Transitions",
     "audit",
     "certify",
+    "equivalence_gap",
     "finite_difference_gradient",
     "hessian_free_gradient",
     "least_squares_critic",
     "logged_policy_gradient",
+    "lqr_equivalence_gap",
+    "lqr_modified_reward",
     "lqr_sensitivity",
     "merge_transitions",
+    "modified_reward",
     "pathwise_gradient",
     "policy_sensitivity",
     "quadratic_features",
+    "sampled_conditions",
+    "sampled_equivalence_gap",
+    "sampled_modified_reward",
     "score_function_gradient",
     "soft_action_value",
     "soft_consistency",

@@ -132,12 +132,40 @@ def noise_nodes(policy: Policy, nu: Params, states: Tensor) -> tuple[Tensor, Ten
     return nodes, torch.full((len(nodes),), 1 / len(nodes), **like)
 
 
-def expected_features(policy: Policy, nu: Params, states: Tensor, features: Features) -> Tensor:
-    """`E_{a ~ pi} phi(s, a)`, `[N, q]`."""
-    nodes, node_weights = noise_nodes(policy, nu, states)
-    total = node_weights[0] * features(states, act(policy, nu, states, nodes[0]))
-    for node, weight in zip(nodes[1:], node_weights[1:], strict=True):
-        total = total + weight * features(states, act(policy, nu, states, node))
+def action_nodes(
+    policy: Policy, nu: Params, states: Tensor, actions: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Actions `[N, m]` and their probabilities `[N]`, summing to 1, for expectations over the policy's action.
+
+    `actions [A, m]`, all actions of a finite set: exact. None: the nodes of `noise_nodes`. Raises `ValueError` when
+    the set is not all the policy may do.
+    """
+    if actions is None:
+        nodes, weights = noise_nodes(policy, nu, states)
+        return [
+            (act(policy, nu, states, node), weight.expand(len(states)))
+            for node, weight in zip(nodes, weights, strict=True)
+        ]
+    dtype = next(iter(nu.values())).dtype
+    every = [action.to(dtype).expand(len(states), -1) for action in actions]
+    shares = [policy.log_prob(nu, states.to(dtype), action).exp().double() for action in every]
+    total = torch.stack(shares).sum(0)
+    if not bool(((total - 1).abs() < 1e-4).all()):
+        raise ValueError(
+            f"actions must list every action once: their probabilities sum to {float(total.min()):.4g} to "
+            f"{float(total.max()):.4g}, expected 1"
+        )
+    return list(zip(every, shares, strict=True))
+
+
+def expected_features(
+    policy: Policy, nu: Params, states: Tensor, features: Features, actions: Tensor | None = None
+) -> Tensor:
+    """`E_{a ~ pi} phi(s, a)`, `[N, q]`, over the nodes of `action_nodes`."""
+    (action, share), *others = action_nodes(policy, nu, states, actions)
+    total = share.unsqueeze(-1) * features(states, action)
+    for action, share in others:
+        total = total + share.unsqueeze(-1) * features(states, action)
     return total
 
 
@@ -154,18 +182,25 @@ def leverage_weights(phi: Tensor) -> Tensor:
 
 
 def critic_system(
-    policy: Policy, nu: Params, data: Transitions, initial_states: Tensor | None, features: Features, groups: int
+    policy: Policy,
+    nu: Params,
+    data: Transitions,
+    initial_states: Tensor | None,
+    features: Features,
+    groups: int,
+    *,
+    actions: Tensor | None = None,
 ) -> tuple[CriticSystem, Tensor]:
     """The sums of both systems by groups of the data, and the weighted features `c phi [N, q]`.
 
-    `initial_states [E, n]` None: where the episodes start.
+    `initial_states [E, n]` None: where the episodes start. `actions` as in `action_nodes`.
     """
     group, first_group = groups_of(data, groups)
     phi = features(data.states, data.actions)
     weighted = leverage_weights(phi).unsqueeze(-1) * phi
-    following = expected_features(policy, nu, data.next_states, features) * ~data.ended.unsqueeze(-1)
+    following = expected_features(policy, nu, data.next_states, features, actions) * ~data.ended.unsqueeze(-1)
     first = data.initial_states if initial_states is None else initial_states
-    start = expected_features(policy, nu, first, features)
+    start = expected_features(policy, nu, first, features, actions)
     if initial_states is not None:
         first_group = torch.full((len(first),), -1, device=phi.device)
     common = first_group < 0  # in no group: spread evenly, so that leaving a group out keeps their mean

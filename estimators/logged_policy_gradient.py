@@ -9,7 +9,7 @@ d the discounted state visits of pi (total 1 / (1 - discount)): the first states
 s'_i of every transition ("ratio", for data of any policy), or discount^t at the recorded states ("discounted", for
 data of the policy itself). With "ratio" the deterministic form is the exact derivative of the estimated return
 J = E phi(s_0, pi)^T w. The expectation over actions is a quadrature over the policy's noise; for a discrete policy it
-takes the probabilities of the actions as multiples of 1/64.
+takes the probabilities of the actions as multiples of 1/64, unless `actions` lists them all.
 References: D. Silver et al., Deterministic Policy Gradient Algorithms, 2014, eq. 9 (states weighted by discount^t);
 K. Ciosek and S. Whiteson, Expected Policy Gradients, 2018; the critic: see `critic.py`.
 """
@@ -28,8 +28,10 @@ from sim2real.estimators.critic import (
     CriticSystem,
     Features,
     act,
+    action_nodes,
     check_identified,
     critic_system,
+    expected_features,
     noise_nodes,
     quadratic_features,
     scaled_features,
@@ -54,6 +56,7 @@ def logged_policy_gradient(
     real_discount: float,
     features: Features | None = None,
     initial_states: Tensor | None = None,
+    actions: Tensor | None = None,
     terminal: Callable[[Tensor], Tensor] | None = None,
     weights: Literal["ratio", "discounted"] = "ratio",
     method: Literal["auto", "pathwise", "score"] = "auto",
@@ -63,7 +66,8 @@ def logged_policy_gradient(
     """Gradient of the real discounted return in nu, with the estimated return as `value`.
 
     `features(s, a) -> [N, q]` (None: all quadratic monomials) span the critic. `initial_states [E, n]`: where the real
-    task starts (None: where the logged episodes do). `method` "auto" takes "pathwise" (grad pi grad_a Q) for a
+    task starts (None: where the logged episodes do). `actions [A, m]`: all actions of a finite set, for exact
+    expectations over them. `method` "auto" takes "pathwise" (grad pi grad_a Q) for a
     deterministic policy and "score" (grad log pi A) for a stochastic one; "pathwise" also suits reparameterised noise.
     info: "stderr" `[P]` of the gradient (raveled) and "value_stderr", by leaving out `groups` groups of episodes (or
     blocks of time) in turn, with "replicates" `[G, P]` and "value_replicates" `[G]`; "effective_sample_size" (of the
@@ -72,16 +76,16 @@ def logged_policy_gradient(
     means that the policy is unstable on the data, or too far from them for the features: do not trust the estimate.
     Raises `CriticError` when the data cannot identify the critic, `ValueError` for data that do not match.
     """
-    _check_options(real_discount, weights, method, ridge, groups)
+    check_options(real_discount, weights, method, ridge, groups)
     data = transitions(log, real_reward, terminal=terminal)
     fixed = {key: value.detach() for key, value in nu.items()}
     phi = scaled_features(features if features is not None else quadratic_features(data), data)
-    system, weighted = critic_system(policy, fixed, data, initial_states, phi, max(groups, 1))
+    system, weighted = critic_system(policy, fixed, data, initial_states, phi, max(groups, 1), actions=actions)
     condition, radius = check_identified(system, real_discount, ridge)
     chosen = method if method != "auto" else ("pathwise" if policy.noise_dim == 0 else "score")
-    states, weigh = _state_weights(data, initial_states, weighted, real_discount, weights, max(groups, 1))
+    states, weigh = visit_weights(data, initial_states, weighted, real_discount, weights, max(groups, 1))
     leaves = {key: value.clone().requires_grad_() for key, value in fixed.items()}
-    graphs = _policy_graphs(policy, leaves, states, phi, chosen)
+    graphs = _policy_graphs(policy, leaves, states, phi, chosen, actions)
 
     def estimate(left_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
         keep = [g for g in range(len(system.gram)) if g != left_out]
@@ -94,7 +98,7 @@ def logged_policy_gradient(
     info = {
         "effective_sample_size": state_weights.sum().square() / state_weights.square().sum(),
     }
-    low, high = _return_range(data, real_discount)
+    low, high = return_range(data, real_discount)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
     figures |= {"return_low": low, "return_high": high}
     info |= {key: torch.tensor(figure, dtype=torch.float64) for key, figure in figures.items()}
@@ -110,7 +114,7 @@ def logged_policy_gradient(
     return Estimate(value=value.detach(), grad=grad, info={key: item.detach() for key, item in info.items()})
 
 
-def _check_options(real_discount: float, weights: str, method: str, ridge: float, groups: int) -> None:
+def check_options(real_discount: float, weights: str, method: str, ridge: float, groups: int) -> None:
     if not 0 < real_discount <= 1:
         raise ValueError(f"real_discount must be in (0, 1], got {real_discount}")
     if weights not in ("ratio", "discounted"):
@@ -123,7 +127,7 @@ def _check_options(real_discount: float, weights: str, method: str, ridge: float
         raise ValueError(f"groups must be 0 (no standard errors) or at least 2, got {groups}")
 
 
-def _return_range(data: Transitions, real_discount: float) -> tuple[float, float]:
+def return_range(data: Transitions, real_discount: float) -> tuple[float, float]:
     """Returns of the smallest and the largest reward recorded, received for ever; 0 is possible where episodes end."""
     span = 1 / (1 - real_discount) if real_discount < 1 else math.inf
     low, high = float(data.rewards.min()), float(data.rewards.max())
@@ -138,7 +142,7 @@ def jackknife_stderr(replicates: Tensor) -> Tensor:
     return (replicates - replicates.mean(0)).square().sum(0).mul((count - 1) / count).sqrt()
 
 
-def _state_weights(
+def visit_weights(
     data: Transitions,
     initial_states: Tensor | None,
     weighted: Tensor,
@@ -169,9 +173,10 @@ def _state_weights(
     return torch.cat([first, data.next_states]), by_ratio
 
 
-def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features, method: str) -> list[Graph]:
+def _policy_graphs(
+    policy: Policy, leaves: Params, states: Tensor, phi: Features, method: str, actions: Tensor | None
+) -> list[Graph]:
     """Per noise node: what nu moves (actions, or log pi of fixed actions), and what a unit of it is worth."""
-    nodes, node_weights = noise_nodes(policy, leaves, states)
     fixed = {key: value.detach() for key, value in leaves.items()}
 
     def pathwise(node: Tensor, share: Tensor) -> Graph:
@@ -184,15 +189,16 @@ def _policy_graphs(policy: Policy, leaves: Params, states: Tensor, phi: Features
         return actions, [share * slope for slope in slopes]
 
     if method == "pathwise":
+        nodes, node_weights = noise_nodes(policy, leaves, states)
         return [pathwise(node, share) for node, share in zip(nodes, node_weights, strict=True)]
-    sampled = [act(policy, fixed, states, node) for node in nodes]
-    average = sum(share * phi(states, a) for share, a in zip(node_weights, sampled, strict=True))
+    sampled = action_nodes(policy, fixed, states, actions)
+    average = expected_features(policy, fixed, states, phi, actions)
 
     def score(action: Tensor, share: Tensor) -> Graph:
         log_prob = policy.log_prob(leaves, states.to(action.dtype), action).unsqueeze(-1)
-        return log_prob, [share * (phi(states, action) - average)]
+        return log_prob, [share.unsqueeze(-1) * (phi(states, action) - average)]
 
-    return [score(action, share) for action, share in zip(sampled, node_weights, strict=True)]
+    return [score(action, share) for action, share in sampled]
 
 
 def _pull(graphs: list[Graph], leaves: Params, critic_weights: Tensor, state_weights: Tensor) -> Tensor:

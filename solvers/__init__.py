@@ -27,7 +27,9 @@ from sim2real.solvers.neumann import neumann
 from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_solver
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
+from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
+from sim2real.solvers.soft_lqr import SoftLQR, linear_noise_policy, soft_lqr
 from sim2real.solvers.spectrum import Spectrum, spectrum
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "Minimum",
     "NystromSketch",
     "Objective",
+    "QPSolution",
     "QuadraticModel",
+    "SoftLQR",
     "Spectrum",
     "UnstableError",
     "box_qp",
@@ -58,6 +62,7 @@ __all__ = [
     "least_squares",
     "least_squares_layer",
     "levenberg_marquardt",
+    "linear_noise_policy",
     "lyapunov",
     "mean_square_radius",
     "minres",
@@ -70,10 +75,12 @@ __all__ = [
     "policy_optimum",
     "policy_values",
     "q_values",
+    "qp",
     "riccati",
     "riccati_residual",
     "root_jvp",
     "root_vjp",
+    "soft_lqr",
     "spectrum",
     "state_transition",
     "state_values",

@@ -267,6 +267,8 @@ def _season_before(misfit: Misfit, log: RolloutLog, season: float) -> float:
     """RMSE of repeating the value one season earlier, over the windows whose run reaches back that far."""
     windows, back = misfit.windows, steps_of(season, log.dt, "season")
     rows = windows.start.unsqueeze(1) + windows.rows - back
-    known = (rows >= 0).all(1)
+    never = torch.zeros_like(log.mask[:, :1])
+    measured = torch.cat([log.mask, never], 1) | torch.cat([never, log.mask], 1)  # a row next to a real step
+    known = (rows >= 0).all(1) & measured[windows.episode.unsqueeze(1), rows.clamp(min=0)].all(1)
     before = log.signals[windows.episode[known].unsqueeze(1), rows[known]][..., misfit.channels.logged]
     return _rmse(_errors(before - windows.measured[known]))

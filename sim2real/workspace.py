@@ -72,8 +72,8 @@ def write_log_line(folder: Path, name: str, text: str) -> None:
 
 
 def log_digest(log: RolloutLog) -> str:
-    """SHA-256 of what was loaded: signals, inputs, masks and grid; the same however the file was named or packed."""
-    total = hashlib.sha256(repr((log.dt, log.names, log.hold)).encode())
+    """SHA-256 of what was loaded: signals, inputs, masks, grid, units; same however the file was named or packed."""
+    total = hashlib.sha256(repr((log.dt, log.names, sorted(log.units.items()), log.hold)).encode())
     tensors = [log.signals, log.actions, log.exogenous, log.mask, log.rewards]
     tensors += [item for pair in log.recorded_actions for item in pair]
     for tensor in tensors:

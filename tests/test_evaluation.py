@@ -292,3 +292,15 @@ def test_the_season_before_is_the_value_one_season_earlier() -> None:
         (angle[i + 1 : i + 51] - angle[i - 99 : i - 49]).square().mean() for i in found.starts.tolist() if i >= 99
     ]
     assert found.baselines["season-before"] == pytest.approx(float(torch.stack(expected).mean().sqrt()), rel=1e-12)
+
+
+def test_a_season_before_that_was_not_measured_does_not_count() -> None:
+    mdp, theta, log = small_log(1)
+    mask = log.mask.clone()
+    mask[:, 100:110] = False  # rows 101 to 109 are unknown
+    found = evaluate(mdp, replace(log, mask=mask), theta, None, EvaluationSettings(season=1.0))
+    angle = log.signals[0, :, 0]
+    clear = [i for i in found.starts.tolist() if i >= 99 and not {*range(i - 99, i - 49)} & {*range(101, 110)}]
+    assert 0 < len(clear) < sum(i >= 99 for i in found.starts.tolist())
+    expected = [(angle[i + 1 : i + 51] - angle[i - 99 : i - 49]).square().mean() for i in clear]
+    assert found.baselines["season-before"] == pytest.approx(float(torch.stack(expected).mean().sqrt()), rel=1e-12)

@@ -34,7 +34,7 @@ from torch import Tensor
 from sim2real.estimators.critic import act
 from sim2real.estimators.model_critic import Nodes
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
-from sim2real.params import Params
+from sim2real.params import Params, check_same_keys, ravel
 from sim2real.policy import Policy
 from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedError, UnconvergedWarning
 from sim2real.solvers.linear import Solve, cg
@@ -79,8 +79,8 @@ def critic_gauss_newton(
     solve, a negative definite Q_aa, and stationarity and representability at most `tolerance` (relative to the spread
     of the actions); where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`.
     info: "representability", "unrepresentable" (the part that no nu removes), "distance" (the part that the Newton step
-    removes), "gain" (of return, which that step promises), "newton_step_effect" (its first-order effect on
-    `<cotangent, nu>`, when a cotangent is given), "largest_q_aa" (largest eigenvalue of Q_aa; must be negative).
+    removes), "newton_step" `[P]` (raveled), "gain" (of return, which that step promises), "largest_q_aa" (largest
+    eigenvalue of E_e Q_aa over the states; must be negative).
     """
     states64, weights64 = states.detach().double(), weights.detach().double()
     nu64 = {key: value.detach().double() for key, value in nu.items()}
@@ -103,7 +103,7 @@ def critic_gauss_newton(
         step = inner.jvp({key: torch.zeros_like(value) for key, value in theta64.items()} | scale)
     figures = _figures(held, step, policy, nu64, states64, nodes)
     info = {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
-    info["largest_q_aa"] = torch.tensor(largest, dtype=torch.float64)
+    info |= {"largest_q_aa": torch.tensor(largest, dtype=torch.float64), "newton_step": ravel(step)}
     report = judged(inner.report, figures, tolerance)
     demand(report, strict)
 
@@ -112,6 +112,7 @@ def critic_gauss_newton(
         return {key: pulled[key].to(theta[key].dtype) for key in theta}
 
     def jvp(v: Params) -> Params:
+        check_same_keys(theta, v, "the tangent of jvp")
         pushed = inner.jvp(v | {_SCALE: torch.zeros_like(scale[_SCALE])})
         return {key: pushed[key].to(nu[key].dtype) for key in nu}
 

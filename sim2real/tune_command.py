@@ -188,7 +188,7 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
         box=task.mdp.box,
         free=task.free,
         scale={name: value.abs() for name, value in task.theta.items() if bool((value != 0).all())},
-        likelihood=_gaussian(task.given, task.free) if task.settings.likelihood_weight else None,
+        likelihood=_gaussian(task.given, task.free),
         generator=generator,
         on_step=on_step,
         state=None if found is None else found.tensors,

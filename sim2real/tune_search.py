@@ -16,20 +16,20 @@ from torch import Tensor
 
 from sim2real.estimators.logged_policy_gradient import jackknife_stderr
 from sim2real.estimators.transitions import Transitions, merge_transitions
-from sim2real.params import Params, ravel
+from sim2real.params import Params
 from sim2real.solve_report import UnconvergedError
 from sim2real.trust_region import bfgs_update, next_radius, predicted_gain, trust_region_step
 from sim2real.tune_state import Point, Search, Space, TuneSettings, moved, room
 
-Evaluate = Callable[[Params, Params, Transitions | None], Point]
-"""theta, nu to start from, data"""
+UNUSABLE = (ValueError, UnconvergedError, torch.linalg.LinAlgError)
+"""what says that a theta has no optimum, no sensitivity or no critic"""
+
+Evaluate = Callable[[Params, Params, Transitions | None, Callable[["Point"], bool]], Point]
+"""theta, nu to start from, data, and which points are worth the cost of a certificate"""
 Gather = Callable[[Params, int], tuple[Transitions, tuple[float, float]] | None]
 """nu, iteration -> new transitions of its policy and their mean return with its standard error; None: not there yet"""
-
-
-Likelihood = Callable[[Params], tuple[Tensor, Params, Tensor]] | tuple[Params, Tensor]
-"""theta -> (log-likelihood, gradient, Gauss-Newton matrix `[d, d]` over the raveled free parameters), or a Gaussian
-(mean, precision `[d, d]`)"""
+CERTIFICATE = ("certified", "error_bound", "audit_error")
+"""what a certificate leaves in a point's info"""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,6 @@ class Trial:
     point: Point
     step: Tensor
     predicted: float
-
-
-def log_likelihood(likelihood: Likelihood, space: Space, theta: Params) -> tuple[float, Tensor, Tensor]:
-    """Value, gradient `[d]` and Gauss-Newton matrix `[d, d]` of the log-likelihood, in scaled free parameters."""
-    if callable(likelihood):
-        value, slope, precision = likelihood(theta)
-        gradient, fit = ravel({key: slope[key] for key in space.keys}).double(), float(value)
-    else:
-        mean, precision = likelihood
-        gap = ravel({key: theta[key].detach().double() - mean[key] for key in space.keys})
-        gradient, fit = -precision @ gap, -0.5 * float(gap @ precision @ gap)
-    return fit, gradient * space.scale, precision * space.scale * space.scale.unsqueeze(-1)
 
 
 def begin(
@@ -64,18 +52,23 @@ def begin(
 ) -> Search | None:
     """Iteration 0: the start, evaluated on the log and on rollouts of its policy; None: those are not there yet.
 
-    Raises `ValueError` when the start cannot be trusted.
+    Raises `ValueError` when the start cannot be trusted; a start whose gradient is not certified ends the search.
     """
     new = gather(nu, 0) if gather is not None else None
     if gather is not None and new is None:
         return None
     data, measured = (known, None) if new is None else (_joined(known, new[0]), new[1])
-    anchor = evaluate(theta, nu, data)
-    if not anchor.trusted:
+    anchor = evaluate(theta, nu, data, lambda point: True)
+    refused = anchor.info.get("certified") == 0.0
+    if not (anchor.trusted or refused):
         raise ValueError(f"the start cannot be evaluated: {anchor.reason}")
     search = Search(0, anchor, torch.zeros_like(anchor.curvature), settings.radius, measured, data)
     row = _row(search, space, anchor, measured) | {"accepted": 1.0}
-    return _ended(replace(search, history=(row,)), settings, space)
+    search = replace(search, history=(row,), notes=_warned(anchor, 0))
+    if refused:
+        note = f"the start was refused, its gradient is {anchor.reason} (certify = False goes on without)"
+        return replace(search, notes=(*search.notes, note), finished=f"refused: the gradient is {anchor.reason}")
+    return _ended(search, settings, space)
 
 
 def advance(
@@ -85,6 +78,8 @@ def advance(
     tried, trial = _candidate(search, space, evaluate)
     if gather is None:
         return _decided(tried, settings, space, trial, None)
+    if not bool(search.curvature.any()):
+        tried, trial = _tempered(tried, trial, space, evaluate)
     for _ in range(5):
         if _improves(trial.point, search.anchor):
             break
@@ -94,11 +89,13 @@ def advance(
     if new is None:
         return chosen
     data = _joined(search.data, new[0])
-    anchor = evaluate(search.anchor.theta, search.anchor.nu, data)
+    anchor = _again(search.anchor, data, evaluate)
     tried = replace(tried, anchor=anchor, data=data)
+    if not anchor.trusted:
+        note = f"iteration {search.iteration + 1}: the best policy cannot be evaluated on the new data: {anchor.reason}"
+        tried = replace(tried, notes=(*tried.notes, note))
     if chosen is not search.anchor:
-        point = evaluate(chosen.theta, chosen.nu, data)
-        return _decided(tried, settings, space, replace(trial, point=point), new[1])
+        return _decided(tried, settings, space, replace(trial, point=_again(chosen, data, evaluate)), new[1])
     note = f"iteration {search.iteration + 1}: the data promised no better policy, the best one ran again"
     again = replace(tried, iteration=search.iteration + 1, radius=0.5 * search.radius, measured=new[1])
     row = _row(again, space, anchor, new[1]) | {"accepted": 0.0, "step_norm": 0.0}
@@ -112,15 +109,44 @@ def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search
     step = trust_region_step(anchor.gradient, total, search.radius, low, high)
     theta = moved(space, anchor.theta, step)
     try:
-        point = evaluate(theta, anchor.nu, search.data)
-    except (ValueError, UnconvergedError, torch.linalg.LinAlgError) as problem:  # no optimum or no critic at this theta
-        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem))
-    trial = Trial(point, step, predicted_gain(anchor.gradient, total, step))
+        point = evaluate(theta, anchor.nu, search.data, lambda point: _improves(point, anchor))
+    except UNUSABLE as problem:  # no optimum or no critic at this theta
+        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem), warned=())
+        point = replace(point, info={key: value for key, value in point.info.items() if key not in CERTIFICATE})
+    trial, iteration = Trial(point, step, predicted_gain(anchor.gradient, total, step)), search.iteration + 1
+    search = replace(search, notes=(*search.notes, *_warned(point, iteration)))
     if not point.trusted:
-        note = f"iteration {search.iteration + 1}: refused a candidate: {point.reason}"
+        note = f"iteration {iteration}: refused a candidate: {point.reason}"
         return replace(search, notes=(*search.notes, note)), trial
     fall = (anchor.gradient - anchor.curvature @ step) - point.gradient
     return replace(search, curvature=bfgs_update(search.curvature, step, fall)), trial
+
+
+def _tempered(search: Search, trial: Trial, space: Space, evaluate: Evaluate) -> tuple[Search, Trial]:
+    """A first step without any curvature has the length of the radius, however small the gradient: where the curvature
+    it taught makes the step less than half as long, the better of the two is run."""
+    total = search.curvature + search.anchor.curvature
+    shorter = trust_region_step(search.anchor.gradient, total, search.radius, *room(space, search.anchor.theta))
+    if not trial.point.trusted or float(shorter.norm()) >= 0.5 * float(trial.step.norm()):
+        return search, trial
+    again, second = _candidate(search, space, evaluate)
+    return again, second if _improves(second.point, trial.point) else trial
+
+
+def _again(point: Point, data: Transitions, evaluate: Evaluate) -> Point:
+    """The same theta on more data; its certificate is kept. Not to be trusted where it cannot be evaluated any more."""
+    try:
+        renewed = evaluate(point.theta, point.nu, data, lambda point: False)
+    except UNUSABLE as problem:
+        return replace(point, trusted=False, reason=str(problem), warned=())
+    return replace(renewed, info=renewed.info | {key: point.info[key] for key in CERTIFICATE if key in point.info})
+
+
+def _warned(point: Point, iteration: int) -> tuple[str, ...]:
+    """Notes of what was not solved to its tolerance on the way to a point; what made it refused stands there anyway."""
+    told = [text for text in point.warned if point.trusted or point.reason not in text]
+    rest = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+    return (f"iteration {iteration}: {told[0]}{rest}",) if told else ()
 
 
 def _improves(point: Point, anchor: Point) -> bool:
@@ -139,7 +165,8 @@ def _decided(
     anchor, point, iteration = search.anchor, trial.point, search.iteration + 1
     fell = _fell(measured, search.measured, settings.confidence)
     accepted = _improves(point, anchor) and not fell
-    gain, length = point.value - anchor.value if not fell else -math.inf, float(trial.step.norm())
+    worthless = fell or not point.trusted
+    gain, length = -math.inf if worthless else point.value - anchor.value, float(trial.step.norm())
     radius = next_radius(search.radius, length, gain, trial.predicted, settings.max_radius)
     row = _row(replace(search, iteration=iteration), space, point, measured)
     row |= {"accepted": float(accepted), "predicted_gain": trial.predicted, "step_norm": length}
@@ -147,9 +174,8 @@ def _decided(
         row |= {"gain": point.value - anchor.value, "gain_stderr": _paired_stderr(point, anchor)}
     notes = search.notes
     if point.trusted and not accepted:
-        cause = (
-            "the recorded returns fell by more than their confidence" if fell else f"the return changed by {gain:.4g}"
-        )
+        cause = "the recorded returns fell by more than their confidence"
+        cause = cause if fell else f"the return changed by {gain:.4g}"
         notes = (*notes, f"iteration {iteration}: step undone: {cause}")
     kept = replace(search, anchor=point, measured=measured) if accepted else search
     following = replace(kept, iteration=iteration, radius=radius, history=(*search.history, row), notes=notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,15 @@ class TuneSettings:
     """added to -J_nunu in the sensitivity, in its units; a policy with redundant parameters (a network) needs some"""
     likelihood_weight: float = 0.0
     """weight of the log-likelihood, in units of return per nat"""
+    use_freedom: bool = True
+    """with a likelihood: in the end move theta, where the policy does not change, to the likeliest such model"""
+    freedom_tol: float = 1e-6
+    """largest fall of the real return, relative to `|J_real|`, that this may cost"""
+    certify: bool = True
+    """refuse a candidate whose gradient is not certified: the error known to be below `error_tol` of its norm"""
+    error_tol: float = 0.05
+    audit: int = 0
+    """directions along which the certificate also solves the optimum anew, each four times; 0: none"""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -44,6 +54,9 @@ class TuneSettings:
                 ("gradient_tol", ">= 0", self.gradient_tol >= 0),
                 ("damping", ">= 0 and finite", 0 <= self.damping < float("inf")),
                 ("likelihood_weight", ">= 0 and finite", 0 <= self.likelihood_weight < float("inf")),
+                ("error_tol", "> 0 and finite", 0 < self.error_tol < float("inf")),
+                ("audit", ">= 0", self.audit >= 0),
+                ("freedom_tol", ">= 0 and finite", 0 <= self.freedom_tol < float("inf")),
             )
             if not holds
         ]
@@ -77,6 +90,8 @@ class Point:
     reason: str
     """why not, when not trusted"""
     info: dict[str, float]
+    warned: tuple[str, ...] = ()
+    """what was not solved to its tolerance on the way here"""
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,23 @@ def moved(space: Space, theta: Params, step: Tensor) -> Params:
     inside = {key: theta[key] for key in space.keys}
     vector = (ravel(inside).double() + step * space.scale).clamp(space.low, space.high)
     return theta | {key: value.to(theta[key].dtype) for key, value in unravel(vector, inside).items()}
+
+
+Likelihood = Callable[[Params], tuple[Tensor, Params, Tensor]] | tuple[Params, Tensor]
+"""theta -> (log-likelihood, gradient, Gauss-Newton matrix `[d, d]` over the raveled free parameters), or a Gaussian
+(mean, precision `[d, d]`)"""
+
+
+def log_likelihood(likelihood: Likelihood, space: Space, theta: Params) -> tuple[float, Tensor, Tensor]:
+    """Value, gradient `[d]` and Gauss-Newton matrix `[d, d]` of the log-likelihood, in scaled free parameters."""
+    if callable(likelihood):
+        value, slope, precision = likelihood(theta)
+        gradient, fit = ravel({key: slope[key] for key in space.keys}).double(), float(value)
+    else:
+        mean, precision = likelihood
+        gap = ravel({key: theta[key].detach().double() - mean[key] for key in space.keys})
+        gradient, fit = -precision @ gap, -0.5 * float(gap @ precision @ gap)
+    return fit, gradient * space.scale, precision * space.scale * space.scale.unsqueeze(-1)
 
 
 def room(space: Space, theta: Params) -> tuple[Tensor, Tensor]:

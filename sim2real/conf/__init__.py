@@ -187,6 +187,11 @@ class TuneOptions:
     gradient_tol: float = key(1e-8, "1", "the search ends when the scaled gradient is below, relative to |J_real|")
     damping: float = key(0.0, "return", "added to -J_nunu in the sensitivity; an mlp policy needs some, such as 1e-3")
     likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
+    use_freedom: bool = key(True, "", "after a fit: in the end move theta, where the policy stays the same, to the fit")
+    freedom_tol: float = key(1e-6, "1", "largest fall of the real return this may cost, relative to |J_real|")
+    certify: bool = key(True, "", "refuse parameters at which the gradient is not certified")
+    error_tol: float = key(0.05, "1", "largest error of a certified gradient, relative to its norm")
+    audit: int = key(0, "", "directions along which a certificate trains the policy anew, four times each; 0: none")
 
 
 @dataclass

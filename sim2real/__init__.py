@@ -12,6 +12,14 @@ from sim2real.controllers import (
     with_clock,
     with_integral,
 )
+from sim2real.domain_randomization import (
+    clipped_share,
+    posterior_covariance,
+    posterior_draws,
+    posterior_factor,
+    randomized_objective,
+    standard_draws,
+)
 from sim2real.evaluation import Evaluation, EvaluationSettings, RunScore, evaluate
 from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow
 from sim2real.identifiability import Identifiability, identifiability
@@ -29,6 +37,15 @@ from sim2real.policy import (
 )
 from sim2real.policy_export import ExportedPolicy, PolicyExportError, export_policy, load_numpy_policy, numpy_action
 from sim2real.rollout import Rollout, discounted_return, expected_return, rollout
+from sim2real.safe_step import SafeStep, lagrangian_step, penalized_return, safe_step
+from sim2real.safety import (
+    Constraint,
+    Margin,
+    constraint_gradient,
+    measured_constraint,
+    worst_case_draws,
+    worst_case_gradient,
+)
 from sim2real.solve_report import (
     LinearSolution,
     Optimum,
@@ -43,6 +60,7 @@ from sim2real.windows import WindowError
 __all__ = [
     "Box",
     "Comparison",
+    "Constraint",
     "Estimate",
     "Evaluation",
     "EvaluationSettings",
@@ -54,6 +72,7 @@ __all__ = [
     "LinearSolution",
     "Linearization",
     "LogError",
+    "Margin",
     "ModelMDP",
     "Noise",
     "Optimum",
@@ -64,6 +83,7 @@ __all__ = [
     "Rollout",
     "RolloutLog",
     "RunScore",
+    "SafeStep",
     "Sensitivity",
     "SolveReport",
     "TuneResult",
@@ -77,7 +97,9 @@ __all__ = [
     "assign_grads",
     "axpy",
     "boltzmann_policy",
+    "clipped_share",
     "concatenate_logs",
+    "constraint_gradient",
     "contains",
     "copy_into",
     "default_params",
@@ -94,25 +116,36 @@ __all__ = [
     "gaussian_policy",
     "identifiability",
     "jackknife",
+    "lagrangian_step",
     "linear_policy",
     "load_log",
     "load_numpy_policy",
     "lqr_policy",
     "map_params",
+    "measured_constraint",
     "module_policy",
     "numpy_action",
     "operational_space_policy",
+    "penalized_return",
     "pid_policy",
+    "posterior_covariance",
+    "posterior_draws",
+    "posterior_factor",
     "project",
+    "randomized_objective",
     "ravel",
     "rollout",
+    "safe_step",
     "sample_noise",
     "save_log",
     "select_episodes",
+    "standard_draws",
     "to_unbounded",
     "tune",
     "tune_step",
     "unravel",
     "with_clock",
     "with_integral",
+    "worst_case_draws",
+    "worst_case_gradient",
 ]

@@ -18,11 +18,13 @@ from sim2real.solvers.convex import (
     convex_layer,
     derivative_error,
 )
+from sim2real.solvers.finite_horizon import finite_horizon_riccati
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
 from sim2real.solvers.mpc import MPCPlan, condensed_mpc, mpc_policy
+from sim2real.solvers.mpc_report import MPCReport, mpc_report
 from sim2real.solvers.neumann import neumann
 from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_solver
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
@@ -39,6 +41,7 @@ __all__ = [
     "DerivativeWarning",
     "InfeasibleError",
     "MPCPlan",
+    "MPCReport",
     "Minimum",
     "NystromSketch",
     "Objective",
@@ -54,6 +57,7 @@ __all__ = [
     "dense",
     "derivative_error",
     "discounted_visits",
+    "finite_horizon_riccati",
     "gauss_newton_gap",
     "gmres",
     "implicit_argmax",
@@ -67,6 +71,7 @@ __all__ = [
     "mean_square_radius",
     "minres",
     "mpc_policy",
+    "mpc_report",
     "neumann",
     "nystrom_cg",
     "nystrom_sketch",

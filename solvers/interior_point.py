@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _REGULARISED = 1e-10  # of the scaled system: bounds the damage of dependent rows, refinement takes its bias away
+_NOTHING = 1e-8  # of the data: a solution below it counts as zero, which has no relative error
 
 
 class Program(NamedTuple):
@@ -88,9 +89,10 @@ def residual(program: Program, point: Point) -> tuple[Tensor, Tensor]:
     H, g, A, b, G, h = program
     x, y, z, _ = point
     parts = (apply(H, x), g, apply(A.mT, y), apply(G.mT, z))
-    floor = torch.finfo(x.dtype).tiny
-    dual = torch.stack([part.abs().amax(-1) for part in parts]).amax(0).clamp_min(floor)
-    primal = torch.cat([x, b, g], -1).abs().amax(-1).clamp_min(floor)
+    floor = _NOTHING * torch.cat([g, b, torch.where((G == 0).all(-1), 0.0, h)], -1).abs().amax(-1)
+    floor = torch.where(floor > 0, floor, _NOTHING)
+    dual = torch.stack([*(part.abs().amax(-1) for part in parts), floor]).amax(0)
+    primal = torch.maximum(torch.cat([x, b, g], -1).abs().amax(-1), floor)
     slack = (h - apply(G, x)) / primal.unsqueeze(-1)
     worst = torch.cat(
         [

@@ -1,14 +1,23 @@
-"""Linear model predictive control with input bounds as a batched box QP, and as a policy.
+"""Linear model predictive control with bounds on inputs and outputs, as a batched QP and as a policy.
 
     minimise  sum_{k<N} g^k (s_k'Q s_k + q's_k + a_k'R a_k + r'a_k) + g^N (s_N'P s_N + q's_N)
-    subject to  s_{k+1} = A s_k + B a_k + c,   low <= a_k <= high
+    subject to  s_{k+1} = A s_k + B a_k + c,   low <= a_k <= high,
+                output_low + back_off <= C s_k <= output_high - back_off,   k = 1 ... N
 
 The states are eliminated ("condensed"; Borrelli, Bemporad and Morari, Predictive Control, 2017, section 8.2): with
 `s_k = f_k + G_k a`, a = (a_0, ..., a_{N-1}), the cost is `a'H a / 2 + h'a` plus a constant, where
 
     H = 2 sum_k g^k G_k'Q_k G_k + 2 diag(g^k R),      h = sum_k g^k G_k'(2 Q_k f_k + q) + (g^k r)_k.
 
-Bounds on inputs alone are always feasible. Limits of states enter as costs (q, Q), not as constraints.
+Bounds on inputs alone are always feasible: a box QP. Bounds on outputs need not be. Hard, a state from which they
+cannot hold has no plan, and is said to have none. Soft, each may be exceeded by `e_k >= 0` at the price
+
+    sum_{k>=1} g^k (penalty'e_k + e_k'diag(penalty_quadratic) e_k).
+
+The linear penalty is exact: where the hard program has a plan and `penalty` is larger than its largest multiplier over
+g^k, the soft plan is the same one (Kerrigan and Maciejowski, UKACC 2000; Nocedal and Wright, 2006, theorem 17.3). A
+quadratic penalty alone always gives way a little. So: `penalty` some two to ten times the largest multiplier met
+(`mpc_report` tells it), `penalty_quadratic` to spread what must be violated over steps and outputs, or 0.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +35,33 @@ from torch.nn.functional import pad
 from sim2real.params import Params
 from sim2real.policy import Policy, deterministic_policy
 from sim2real.solvers.box_qp import BoxQPSolution, box_qp
+from sim2real.solvers.mpc_outputs import (
+    Bound,
+    OutputBounds,
+    check_output_bounds,
+    per_step,
+    slack_and_pressure,
+    with_outputs,
+)
+from sim2real.solvers.qp import OnFailure, QPSolution, qp
 
 REQUIRED = ("A", "B", "Q", "R")
-OPTIONAL = ("P", "q", "r", "c", "low", "high")
+OUTPUTS = ("C", "output_low", "output_high", "back_off", "penalty", "penalty_quadratic")
+OPTIONAL = ("P", "q", "r", "c", "low", "high", *OUTPUTS)
 
 
 @dataclass(frozen=True)
 class MPCPlan:
-    """`actions [..., N, m]`, `states [..., N + 1, n]` from x0 on, and the QP's solution over the flattened actions."""
+    """`actions [..., N, m]`, `states [..., N + 1, n]` from x0 on, and the solution of the QP; NaN without a plan."""
 
     actions: Tensor
     states: Tensor
-    solution: BoxQPSolution
+    solution: BoxQPSolution | QPSolution
+    """over the flattened actions, a QPSolution over (actions, e) when outputs are bounded"""
+    slack: Tensor | None = None
+    """e `[..., N, p]`, by how much the soft bounds of the outputs of steps 1 ... N are exceeded; None without any"""
+    pressure: Tensor | None = None
+    """`[..., N, p]`: multiplier over g^k of the bounds of each output, both sides together; None without any"""
 
 
 def condensed_mpc(
@@ -51,36 +76,56 @@ def condensed_mpc(
     q: Tensor | None = None,
     r: Tensor | None = None,
     c: Tensor | None = None,
-    low: Tensor | float = -math.inf,
-    high: Tensor | float = math.inf,
+    low: Bound = -math.inf,
+    high: Bound = math.inf,
+    C: Tensor | None = None,
+    output_low: Bound | None = None,
+    output_high: Bound | None = None,
+    back_off: Bound = 0.0,
+    penalty: Bound | None = None,
+    penalty_quadratic: Bound | None = None,
     discount: float = 1.0,
     tol: float = 1e-12,
     max_steps: int = 200,
     strict: bool = False,
+    on_infeasible: OnFailure = "raise",
 ) -> MPCPlan:
     """The optimal plan over `horizon` steps from x0 `[..., n]`, differentiable in every tensor given.
 
     A `[..., n, n]`, B `[..., n, m]`, Q and the terminal P (default Q) `[..., n, n]`, R `[..., m, m]`: costs, minimised,
-    symmetric parts used; q and c `[..., n]`, r, low and high `[..., m]`, the same at every step. Leading dimensions
-    broadcast. `tol`, `max_steps`, `strict` and what an unconverged sample does: see `box_qp`. Raises `ValueError` for
-    shapes that do not fit, an empty box, and costs without a unique minimum (R positive definite and Q, P positive
-    semi-definite give one).
+    symmetric parts used; q and c `[..., n]`, r, low and high `[..., m]`, the same at every step. Outputs `C s`, C
+    `[..., p, n]` (default: the states), with bounds and `back_off` numbers or `[..., p]`, in units of the outputs;
+    they are soft when `penalty` (cost per unit of output) or `penalty_quadratic` (per its square), >= 0, is given.
+    Leading dimensions broadcast. `tol`, `max_steps`, `strict` and what an unconverged sample does: see `box_qp`, and
+    with bounded outputs `qp` (tol at least 1e-10 there). Without a plan: `InfeasibleError` naming the sample, or, with
+    `on_infeasible="nan"`, NaN and `solution.infeasible`. Raises `ValueError` for shapes that do not fit, an empty box,
+    and costs without a unique minimum (R positive definite and Q, P positive semi-definite give one).
     """
     if horizon < 1 or not 0 < discount < math.inf:
         raise ValueError(f"horizon must be at least 1 and discount positive, got {horizon} and {discount}")
-    given = {"A": A, "B": B, "Q": Q, "R": R, "P": P, "q": q, "r": r, "c": c, "low": low, "high": high, "x0": x0}
+    given = {"A": A, "B": B, "Q": Q, "R": R, "P": P, "q": q, "r": r, "c": c, "low": low, "high": high, "x0": x0, "C": C}
     m = _check_shapes({key: value for key, value in given.items() if isinstance(value, Tensor)})
+    outputs = OutputBounds(C, output_low, output_high, back_off, penalty, penalty_quadratic)
+    n, width = x0.shape[-1], x0.shape[-1] if C is None else C.shape[-2]
+    check_output_bounds(outputs, width)
     free, forced = _responses(A, B, x0, c, horizon)
     weights = discount ** torch.arange(horizon + 1, dtype=x0.dtype, device=x0.device)
-    H, h = _program(free, forced, (Q, R, P, q, r), weights)
-    # a number is the bound of every input; a vector's is repeated over the steps
-    bounds = [torch.as_tensor(bound, dtype=x0.dtype, device=x0.device) for bound in (low, high)]
-    bounds = [bound.repeat(*(1,) * (bound.ndim - 1), horizon) if bound.ndim else bound for bound in bounds]
-    solution = box_qp(H, h, *bounds, tol=tol, max_steps=max_steps, strict=strict)
-    moved = free + (solution.x.unsqueeze(-2) @ forced.mT).squeeze(-2)
-    later = moved.unflatten(-1, (horizon, x0.shape[-1]))
+    program = _program(free, forced, (Q, R, P, q, r), weights)
+    settings: dict[str, Any] = {"max_steps": max_steps, "strict": strict}
+    slack, pressure = None, None
+    solution: BoxQPSolution | QPSolution
+    if output_low is None and output_high is None:
+        bounds = [per_step(bound, horizon, x0) for bound in (low, high)]
+        solution = box_qp(*program, *bounds, tol=tol, **settings)
+    else:
+        bounded = with_outputs(program, (free, forced), (low, high), outputs, weights, n)
+        solution = qp(*bounded, tol=max(tol, 1e-10), on_failure=on_infeasible, **settings)
+        slack, pressure = slack_and_pressure(solution, horizon * m, width, outputs, weights)
+    actions = solution.x[..., : horizon * m]
+    moved = free + (actions.unsqueeze(-2) @ forced.mT).squeeze(-2)
+    later = moved.unflatten(-1, (horizon, n))
     states = torch.cat([x0.expand(*later.shape[:-2], -1).unsqueeze(-2), later], -2)
-    return MPCPlan(solution.x.unflatten(-1, (horizon, m)), states, solution)
+    return MPCPlan(actions.unflatten(-1, (horizon, m)), states, solution, slack, pressure)
 
 
 def mpc_policy(
@@ -91,12 +136,15 @@ def mpc_policy(
     tol: float = 1e-12,
     max_steps: int = 200,
     strict: bool = False,
+    on_infeasible: OnFailure = "raise",
 ) -> Policy:
     """The first action of `condensed_mpc` from the present state; nu holds the controller's model, cost and bounds.
 
-    nu = {"A", "B", "Q", "R"} and optionally {"P", "q", "r", "c", "low", "high"}, shapes as in `condensed_mpc`; what is
-    in `fixed` need not be in nu, and is not tuned. The state is whatever the policy is called with, `[B, n]`. Raises
-    `KeyError` for entries missing or unknown, and what `condensed_mpc` raises.
+    nu = {"A", "B", "Q", "R"} and optionally {"P", "q", "r", "c", "low", "high", "C", "output_low", "output_high",
+    "back_off", "penalty", "penalty_quadratic"}, shapes as in `condensed_mpc`; what is in `fixed` need not be in nu, and
+    is not tuned. The state is whatever the policy is called with, `[B, n]`. Raises `KeyError` for entries missing or
+    unknown, and what `condensed_mpc` raises: with hard bounds of outputs, `InfeasibleError` from a state without a
+    plan. A policy that must act from any state has soft bounds.
     """
 
     def first(nu: Params, state: Tensor) -> Tensor:
@@ -105,8 +153,9 @@ def mpc_policy(
         unknown = [key for key in values if key not in REQUIRED + OPTIONAL]
         if missing or unknown:
             raise KeyError(f"mpc_policy: missing {missing}, unknown {unknown}; it takes {REQUIRED} and {OPTIONAL}")
-        settings = {"discount": discount, "tol": tol, "max_steps": max_steps, "strict": strict}
-        return condensed_mpc(**values, x0=state, horizon=horizon, **settings).actions[..., 0, :]  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"discount": discount, "tol": tol, "max_steps": max_steps, "strict": strict}
+        settings["on_infeasible"] = on_infeasible
+        return condensed_mpc(**values, x0=state, horizon=horizon, **settings).actions[..., 0, :]
 
     return deterministic_policy(first)
 
@@ -155,6 +204,7 @@ def _check_shapes(given: dict[str, Tensor]) -> int:
         raise ValueError(f"B must be [..., n, m], got {tuple(B.shape)}")
     n, m = B.shape[-2:]
     wanted = {"A": (n, n), "B": (n, m), "Q": (n, n), "R": (m, m), "P": (n, n), "x0": (n,), "q": (n,), "c": (n,)}
+    wanted |= {"C": (*given["C"].shape[-2:-1], n)} if "C" in given else {}
     for key, value in given.items():
         shape = wanted.get(key, (m,))
         scalar = key in ("low", "high") and value.ndim == 0

@@ -40,7 +40,7 @@ def riccati(
     does not satisfy its equation.
     """
     gamma = _discount(discount, A)
-    noise = _as_channels(noise, B, "noise")
+    noise = as_channels(noise, B, "noise")
     _check_shapes(A, B, Q, R, gamma)
     Q, R = 0.5 * (Q + Q.mT), 0.5 * (R + R.mT)
     P = _Riccati.apply(A, B, Q, R, gamma, noise)
@@ -58,13 +58,13 @@ def lyapunov(A: Tensor, W: Tensor, discount: Tensor | float = 1.0, noise: Tensor
     if A.shape[-1] != A.shape[-2] or W.shape[-2:] != A.shape[-2:]:
         raise ValueError(f"A and W must be [..., n, n], got {tuple(A.shape)} and {tuple(W.shape)}")
     root = _discount(discount, A).sqrt()[..., None, None]
-    noise = _as_channels(noise, A, "noise") * root[..., None, :, :]
+    noise = as_channels(noise, A, "noise") * root[..., None, :, :]
     return _Lyapunov.apply(root * A, W, noise)
 
 
 def mean_square_radius(A: Tensor, discount: Tensor | float = 1.0, noise: Tensor | None = None) -> Tensor:
     """Spectral radius of `X -> g (A X A' + sum_i N_i X N_i')`, shape `[...]`; discounted costs are finite below 1."""
-    channels = torch.cat([A.unsqueeze(-3), _as_channels(noise, A, "noise").expand(*A.shape[:-2], -1, -1, -1)], dim=-3)
+    channels = torch.cat([A.unsqueeze(-3), as_channels(noise, A, "noise").expand(*A.shape[:-2], -1, -1, -1)], dim=-3)
     gamma = torch.as_tensor(discount, dtype=A.dtype, device=A.device)
     if channels.shape[-3] == 1:  # eigenvalues of A (x) A are the products of those of A
         return gamma * torch.linalg.eigvals(A).abs().amax(-1) ** 2
@@ -83,8 +83,8 @@ def _discount(discount: Tensor | float, like: Tensor) -> Tensor:
     return torch.as_tensor(discount, dtype=like.dtype, device=like.device)
 
 
-def _as_channels(noise: Tensor | None, like: Tensor, name: str) -> Tensor:
-    """`[..., q, n, m]`; none is q = 0."""
+def as_channels(noise: Tensor | None, like: Tensor, name: str) -> Tensor:
+    """Noise channels `[..., q, n, m]` of inputs `like [..., n, m]`; none is q = 0."""
     if noise is None:
         return like.new_zeros(0, *like.shape[-2:])
     if noise.ndim < 2 or noise.shape[-2:] != like.shape[-2:]:
@@ -105,15 +105,24 @@ def _check_shapes(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor) -> 
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
 
 
-def _gain(A: Tensor, B: Tensor, R: Tensor, gamma: Tensor, noise: Tensor, P: Tensor) -> Tensor:
+def input_curvature(B: Tensor, R: Tensor, gamma: Tensor, noise: Tensor, P: Tensor) -> Tensor:
+    """`S = R + g B'P B + g sum_i C_i'P C_i`."""
     g = gamma[..., None, None]
-    S = R + g * (B.mT @ P @ B) + g * (noise.mT @ P.unsqueeze(-3) @ noise).sum(-3)
+    return R + g * (B.mT @ P @ B) + g * (noise.mT @ P.unsqueeze(-3) @ noise).sum(-3)
+
+
+def gain(A: Tensor, B: Tensor, gamma: Tensor, P: Tensor, S: Tensor) -> Tensor:
+    """`K = g S^-1 B'P A`."""
     # not torch.linalg.solve or lu_solve: their derivatives are wrong in nested forward mode (pytorch/pytorch issue
     # 192540) and under vmap of a Jacobian
-    return torch.linalg.inv(S) @ (g * (B.mT @ P @ A))
+    return torch.linalg.inv(S) @ (gamma[..., None, None] * (B.mT @ P @ A))
 
 
-def _bellman(P: Tensor, K: Tensor, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
+def _gain(A: Tensor, B: Tensor, R: Tensor, gamma: Tensor, noise: Tensor, P: Tensor) -> Tensor:
+    return gain(A, B, gamma, P, input_curvature(B, R, gamma, noise, P))
+
+
+def bellman(P: Tensor, K: Tensor, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     """Cost matrix one step before P under the gain K."""
     g, closed = gamma[..., None, None], A - B @ K
     channels = noise @ K.unsqueeze(-3)
@@ -302,7 +311,7 @@ def _solve_riccati(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, gamma: Tensor, no
         if change <= 1e-15 or (change < 1e-9 and change >= 0.5 * last):
             break
         last = change
-    S = R + gamma[..., None, None] * (B.mT @ P @ B + (noise.mT @ P.unsqueeze(-3) @ noise).sum(-3))
+    S = input_curvature(B, R, gamma, noise, P)
     residual = float(riccati_residual(A, B, Q, R, gamma, noise, P).max())
     if not residual <= 1e-10 or bool((torch.linalg.cholesky_ex(S).info > 0).any()):
         raise UnstableError(
@@ -324,7 +333,7 @@ def _stabilise(inputs: list[Tensor], P: Tensor) -> Tensor:
             radius = mean_square_radius(closed, noise=channels)
             if bool((radius < 1).all()):
                 return P
-        P = _bellman(P, K, A, B, Q, R, gamma, noise)
+        P = bellman(P, K, A, B, Q, R, gamma, noise)
     raise UnstableError(
         "no gain found that stabilises (A, B) with this noise at the given discount: the discounted mean-square "
         f"radius stays at {float(radius.max()):.6g} (must be below 1)"
@@ -340,6 +349,6 @@ def riccati_residual(
 ) -> Tensor:
     """Largest entry of `P - Bellman(P)` relative to the largest of P, shape `[...]`."""
     gamma = torch.as_tensor(discount, dtype=A.dtype, device=A.device)
-    channels = _as_channels(noise, B, "noise")
-    improved = _bellman(P, _gain(A, B, R, gamma, channels, P), A, B, Q, R, gamma, channels)
+    channels = as_channels(noise, B, "noise")
+    improved = bellman(P, _gain(A, B, R, gamma, channels, P), A, B, Q, R, gamma, channels)
     return (P - improved).abs().amax((-2, -1)) / P.abs().amax((-2, -1)).clamp_min(torch.finfo(P.dtype).tiny)

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sim2real.estimators.damping import damped_solve
 from sim2real.params import Params, axpy, check_same_keys, dot
 from sim2real.solve_report import LinearSolution, Sensitivity, SolveReport, UnconvergedError, UnconvergedWarning
 from sim2real.solvers.linear import Solve, cg
@@ -45,7 +46,7 @@ def policy_sensitivity(
     theta: Params,
     nu: Params,
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = "auto",
     solve: Solve = cg,
     strict: bool = False,
     cotangent: Params | None = None,
@@ -59,9 +60,15 @@ def policy_sensitivity(
     curvature and for a stationary nu: `|grad_nu J| <= stationarity_tol * lambda * max(1, |nu|)`, lambda the largest
     curvature met. Where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`; so does
     each product. `report.error_bound` estimates the error the linear residual leaves in vjp(cotangent): `|C| |r| / mu`,
-    mu the lowest Ritz value plus damping (an estimate: Ritz values bound the spectrum from inside). `damping` has the
-    units of H; choose it above `-report.negative_curvature`. What J closes over gets no derivative: theta holds all
-    that should.
+    mu the lowest Ritz value plus damping (an estimate: Ritz values bound the spectrum from inside). What J closes over
+    gets no derivative: theta holds all that should.
+
+    `damping` has the units of H and must exceed `-report.negative_curvature`. "auto" takes it from a Lanczos probe of
+    40 products, 0 where -H is safely positive definite, and raises it where the first solve meets more negative
+    curvature (`estimators/damping.py`); `report.damping` and `report.status` say how much and why, and every product
+    uses it. A saddle is refused all the same. dnu*/dtheta of an over-parameterised network is not identifiable and
+    moves with the damping; its `action_sensitivity` hardly does. There a residual far below the bias of the damping is
+    wasted: bind `solve=partial(cg, tol=1e-3)`.
 
     `derivative_order` is the one of the model behind J (`mdp.derivative_order`): 2 exact products; 1 central
     differences of exact gradients, whose relative error of about 1e-9 limits the residual a solve can reach; 0 raises
@@ -70,14 +77,18 @@ def policy_sensitivity(
     """
     if derivative_order == 0:
         raise ValueError("J has no derivative (derivative_order 0): a sensitivity needs first derivatives at least")
+    if isinstance(damping, str) and damping != "auto":
+        raise ValueError(f"damping must be a number >= 0 (units of H) or 'auto', got {damping!r}")
     theta64 = {key: value.detach().double() for key, value in theta.items()}
     nu64 = {key: value.detach().double() for key, value in nu.items()}
     parts = (_exact if derivative_order == 2 else _differences)(J, theta64, nu64)
     if not all(bool(torch.isfinite(value).all()) for value in parts.gradient.values()):
         raise ValueError("grad_nu J(theta, nu) is not finite: no sensitivity can be taken at this nu")
 
-    def solved(b: Params) -> LinearSolution:
-        solution: LinearSolution = solve(parts.curvature, b, damping=damping)
+    def solved(b: Params, damping: float | Literal["auto"]) -> LinearSolution:
+        solution: LinearSolution = (
+            damped_solve(solve, parts.curvature, b) if damping == "auto" else solve(parts.curvature, b, damping=damping)
+        )
         return LinearSolution(solution.x, _with_stationarity(solution, b, parts, nu64, stationarity_tol))
 
     def checked(rhs: Params) -> Params:
@@ -85,7 +96,7 @@ def policy_sensitivity(
             return first.x
         if not any(bool(value.any()) for value in rhs.values()):
             return rhs
-        solution = solved(rhs)
+        solution = solved(rhs, first.report.damping)
         _demand(solution.report, strict)
         return solution.x
 
@@ -101,7 +112,7 @@ def policy_sensitivity(
         _check_like(nu, cotangent, "cotangent")
     given = cotangent is not None and any(bool(value.any()) for value in cotangent.values())
     b = _double(cotangent) if cotangent is not None and given else _probe(nu64)
-    first = solved(b)
+    first = solved(b, damping)
     _demand(first.report, strict)
     bound = _error_bound(first.report, _norm(b), parts, nu64)
     return Sensitivity(vjp, jvp, replace(first.report, error_bound=bound))

@@ -43,15 +43,20 @@ def safe_step(
 ) -> SafeStep:
     """The maximiser of the module docstring; gradient `[d]`, B `[d, d]`, `low <= 0 <= high`, slopes S `[C, d]`.
 
-    For fast convergence let B follow the Lagrangian `F + mu'm` (gradients `g + S'mu` at both ends of a step).
-    Negative eigenvalues of B count as 0. Raises `ValueError` for shapes that do not fit, data that are not finite, a
-    radius that is negative or not finite, bounds that exclude 0.
+    For fast convergence let B follow the Lagrangian `F + mu'm` (gradients `g + S'mu` at both ends of a step). Negative
+    eigenvalues of B count as 0; computed in float64, returned in the dtype of the gradient. Raises `ValueError` for
+    shapes that do not fit, data that are not finite, a radius that is negative or not finite, bounds that exclude 0.
     """
     _check(gradient, curvature, radius, low, high, margins, slopes)
+    dtype = gradient.dtype
+    gradient, curvature, low, high, margins, slopes = (
+        x.double() for x in (gradient, curvature, low, high, margins, slopes)
+    )
     values, vectors = torch.linalg.eigh(0.5 * (curvature + curvature.T))
     B = vectors @ torch.diag(values.clamp(min=0.0)) @ vectors.T
     if radius == 0.0:
-        return SafeStep(torch.zeros_like(gradient), torch.zeros_like(margins), margins, bool((margins < 0).any()))
+        still = torch.zeros_like(gradient, dtype=dtype)
+        return SafeStep(still, torch.zeros_like(margins, dtype=dtype), margins.to(dtype), bool((margins < 0).any()))
     # in units of the radius, and every constraint in units of what a step of that length changes
     size = radius * slopes.norm(dim=-1)
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -65,7 +70,7 @@ def safe_step(
         needed, conceded = left - m, bool((left < -1e-9).any())
     step, duals = _in_ball(radius * gradient, radius**2 * B, torch.cat([S, box]), torch.cat([needed, bound]))
     step = (radius * step).clamp(low, high)
-    return SafeStep(step, duals[: len(m)] / size, margins + slopes @ step, conceded)
+    return SafeStep(step.to(dtype), (duals[: len(m)] / size).to(dtype), (margins + slopes @ step).to(dtype), conceded)
 
 
 def lagrangian_step(
@@ -88,10 +93,19 @@ def lagrangian_step(
     _check(gradient, curvature, radius, low, high, margins, slopes)
     if not 0 < penalty < float("inf") or multipliers.shape != margins.shape or bool((multipliers < 0).any()):
         raise ValueError(f"need a penalty > 0 and multipliers [C] >= 0, got {penalty} and {multipliers}")
-    pushed = (multipliers - penalty * margins).clamp(min=0.0)
-    active = slopes * (pushed > 0).to(slopes).unsqueeze(-1)
-    total = curvature + penalty * active.T @ active
-    step = trust_region_step(gradient + slopes.T @ pushed, total, radius, low, high)
+    step, best, seen = torch.zeros_like(gradient), -float("inf"), torch.zeros_like(gradient)
+    for _ in range(20):  # the penalty is quadratic piece by piece: take the pieces the step ends in
+        active = (multipliers - penalty * (margins + slopes @ seen) > 0).to(slopes)
+        pushed = active * (multipliers - penalty * margins)
+        total = curvature + penalty * slopes.T @ (active.unsqueeze(-1) * slopes)
+        trial = trust_region_step(gradient + slopes.T @ pushed, total, radius, low, high)
+        left = (multipliers - penalty * (margins + slopes @ trial)).clamp(min=0.0)
+        value = float(gradient @ trial - 0.5 * trial @ (curvature @ trial) - left.square().sum() / (2 * penalty))
+        if value > best:
+            step, best = trial, value
+        if torch.equal(trial, seen):
+            break
+        seen = trial
     after = margins + slopes @ step
     return SafeStep(step, (multipliers - penalty * after).clamp(min=0.0), after, bool((after < 0).any()))
 
@@ -108,19 +122,21 @@ def _box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([eye[lower], -eye[upper]]), torch.cat([low[lower], -high[upper]])
 
 
-def _least_distance(rows: Tensor, needed: Tensor, expected: float = 1.0) -> tuple[Tensor, Tensor] | None:
-    """The shortest y with `rows y >= needed`, and its multipliers; None where none is shorter than 1e6 `expected`.
+def _least_distance(rows: Tensor, needed: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The shortest y with `rows y >= needed`, and its multipliers; None where there is none (of reasonable length).
 
-    In units of `expected`: with u >= 0 minimising `|E u - f|`, E = [rows'; needed'], f = (0, ..., 0, 1) and
-    r = E u - f, it is `y = -r_1..n / r_n+1`.
+    In units of the farthest single constraint, with u >= 0 minimising `|E u - f|`, E = [rows'; needed'],
+    f = (0, ..., 0, 1) and r = E u - f, it is `y = -r_1..n / r_n+1`.
     """
-    if not len(rows):
-        return rows.new_zeros(rows.shape[1]), needed
     length = rows.norm(dim=-1)
     if bool(((length == 0) & (needed > 0)).any()):
         return None
     length = torch.where(length > 0, length, torch.ones_like(length))
-    matrix = torch.cat([(rows / length.unsqueeze(-1)).T, (needed / (expected * length)).unsqueeze(0)])
+    away = needed / length
+    if not bool((away > 0).any()):
+        return rows.new_zeros(rows.shape[1]), torch.zeros_like(needed)
+    unit = float(away.max())
+    matrix = torch.cat([(rows / length.unsqueeze(-1)).T, (away / unit).unsqueeze(0)])
     target = torch.zeros(len(matrix), dtype=torch.float64)
     target[-1] = 1.0
     weights = torch.from_numpy(nnls(matrix.double().cpu().numpy(), target.numpy(), maxiter=50 * (len(rows) + 10))[0])
@@ -129,7 +145,7 @@ def _least_distance(rows: Tensor, needed: Tensor, expected: float = 1.0) -> tupl
     depth = 1.0 - float(rest[-1])
     if depth <= 1e-12:
         return None
-    return expected * rest[:-1] / depth, expected * weights / depth / length
+    return unit * rest[:-1] / depth, unit * weights / depth / length
 
 
 def _restoring(S: Tensor, m: Tensor, box: Tensor, bound: Tensor) -> Tensor:
@@ -161,7 +177,7 @@ def _in_ball(
         root = torch.linalg.cholesky(B + shift * torch.diag(which))
         white = torch.linalg.solve_triangular(root, rows.T, upper=False).T  # rows in y = root'd - root^-1 g
         best = torch.linalg.solve_triangular(root, toward.unsqueeze(-1), upper=False).squeeze(-1)
-        found = _least_distance(white, needed - white @ best, max(float(best.norm()), 1e-300))
+        found = _least_distance(white, needed - white @ best)
         if found is None:
             return torch.zeros_like(gradient), torch.zeros_like(needed), float("inf")
         y, duals = found

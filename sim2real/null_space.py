@@ -91,7 +91,7 @@ def policy_directions(
     at = output(fixed).detach()
     pull = vjp(output, fixed)[1]
     rows, silent, first = torch.zeros(len(space.scale), 0, dtype=torch.float64), 0, 0.0
-    generator = torch.Generator().manual_seed(0)
+    generator, fine = torch.Generator().manual_seed(0), 0.01 * min(rank_tol, 1e-4)
     while silent < 3 and rows.shape[1] < min(len(space.scale), at.numel()):
         cotangent = torch.randn(at.shape, generator=generator, dtype=torch.float64).to(at.device)
         (back,) = pull(cotangent.to(at.dtype))
@@ -103,8 +103,8 @@ def policy_directions(
         for _ in range(2):  # twice is enough (Parlett)
             row = row - rows @ (rows.T @ row)
         size = float(row.norm())
-        silent = silent + 1 if size <= rank_tol * first else 0
-        if size > rank_tol * first:
+        silent = silent + 1 if size <= fine * first else 0
+        if size > fine * first:
             rows = torch.cat([rows, (row / size).unsqueeze(1)], 1)
     images = [_pushed(sensitivity, theta, fixed, nu, space, output, row) for row in rows.T]
     if not images:
@@ -130,26 +130,31 @@ def _pushed(
 def free_step(gradient: Tensor, curvature: Tensor, moving: Tensor, low: Tensor, high: Tensor, radius: float) -> Tensor:
     """argmax of `g'd - d'L d / 2` over `moving'd = 0`, `|d| <= radius`, `low <= d <= high`; all in x, `[d]`.
 
-    A variable that meets its bound on the way stays there for the rest of the step (feasible, not always optimal: the
-    next step starts with it free again).
+    A variable that meets its bound on the way stays there for the rest of the step, and the sphere ends it: feasible,
+    not always optimal; the next step starts with all of them free again.
     """
-    step, held = torch.zeros_like(gradient), torch.zeros_like(gradient, dtype=torch.bool)
+    step = torch.zeros_like(gradient)
     held = ((low >= 0) & (gradient < 0)) | ((high <= 0) & (gradient > 0))
     while True:
         free = complement(torch.cat([moving, torch.eye(len(gradient), dtype=gradient.dtype)[:, held]], 1))
-        left = radius**2 - float(step.square().sum())
-        if not free.shape[1] or left <= 0:
+        if not free.shape[1]:
             return step
         slope, far = free.T @ (gradient - curvature @ step), gradient.new_full((free.shape[1],), torch.inf)
-        # no wider than the ball around the start allows in any case
-        part = free @ trust_region_step(slope, free.T @ curvature @ free, left**0.5, -far, far)
-        limit = torch.where(part > 0, high - step, low - step) / torch.where(part == 0, torch.ones_like(part), part)
-        limit = torch.where(part == 0, torch.full_like(limit, torch.inf), limit)
-        reach = min(1.0, float(limit[~held].min()) if bool((~held).any()) else 1.0)
+        part = free @ trust_region_step(slope, free.T @ curvature @ free, radius, -far, far)
+        limit = torch.where(part > 0, high - step, low - step) / part
+        limit = torch.where((part == 0) | held, torch.inf, limit)
+        nearest = float(limit.min())
+        reach = min(1.0, nearest, _to_sphere(step, part, radius))
         step = (step + reach * part).clamp(low, high)
-        if reach >= 1.0:
+        if nearest > reach:
             return step
-        held = held | (limit <= reach * (1 + 1e-12))
+        held = held | (limit <= reach)
+
+
+def _to_sphere(start: Tensor, along: Tensor, radius: float) -> float:
+    """The largest t with `|start + t along| <= radius`, start inside."""
+    a, b, c = float(along @ along), float(start @ along), float(start @ start) - radius**2
+    return (-b + max(b * b - a * c, 0.0) ** 0.5) / a if a > 0 else math.inf
 
 
 def complement(columns: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Estimators: gradients of returns and sensitivities of policies."""
 
+from sim2real.estimators.action_sensitivity import action_sensitivity
 from sim2real.estimators.audit import Audit, audit
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
@@ -11,6 +12,7 @@ from sim2real.estimators.equivalence import (
     equivalence_gap,
     modified_reward,
 )
+from sim2real.estimators.explicit_sensitivity import explicit_sensitivity
 from sim2real.estimators.finite_difference import finite_difference_gradient
 from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
@@ -25,6 +27,7 @@ from sim2real.estimators.sampled_equivalence import (
     sampled_modified_reward,
 )
 from sim2real.estimators.score_function import score_function_gradient
+from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
 
@@ -40,9 +43,11 @@ __all__ = [
     "Simulator",
     "TabularMDP",
     "Transitions",
+    "action_sensitivity",
     "audit",
     "certify",
     "equivalence_gap",
+    "explicit_sensitivity",
     "finite_difference_gradient",
     "hessian_free_gradient",
     "least_squares_critic",
@@ -62,5 +67,6 @@ __all__ = [
     "soft_action_value",
     "soft_consistency",
     "soft_return",
+    "soft_sensitivity",
     "transitions",
 ]

@@ -70,13 +70,14 @@ def hessian_free_gradient(
     action_value: ActionValue | None = None,
     soft_value: StateValue | None = None,
     method: Method = "auto",
+    rollouts: int = 1,
     rows_at_once: int = 65536,
 ) -> Estimate:
     """Gradient of the real discounted return in theta through the soft optimum, with the estimated return as `value`.
 
     `temperature` lambda is that of the in-sim training, in units of its reward. `noise [B, T, ...]` drives the in-sim
-    rollouts of T steps, row `i mod B` for state i; `action_value` replaces them (then `noise` may be None), for example
-    by an exact or fitted Q. `soft_value` and `method` as in `soft_action_value`, the rest as in
+    rollouts of T steps, `rollouts` per state and action; `action_value` replaces them (then `noise` may be None), for
+    example by an exact or fitted Q. `soft_value` and `method` as in `soft_action_value`, the rest as in
     `logged_policy_gradient`, `info` too: "stderr" `[P]` of the raveled gradient in theta, "value_stderr",
     "effective_sample_size", "bellman_radius" and so on; "rollouts" counts the in-sim rollouts. At most `rows_at_once`
     of them are in memory together. Standard errors cost one reverse pass per group; `groups=0` leaves them out.
@@ -85,8 +86,8 @@ def hessian_free_gradient(
     """
     check_temperature(temperature)
     check_options(real_discount, weights, "auto", ridge, groups)
-    if rows_at_once < 1:
-        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
+    if rows_at_once < 1 or rollouts < 1:
+        raise ValueError(f"rows_at_once and rollouts must be at least 1, got {rows_at_once} and {rollouts}")
     data = transitions(log, real_reward, terminal=terminal)
     fixed = {key: value.detach() for key, value in nu.items()}
     phi = scaled_features(features if features is not None else quadratic_features(data), data)
@@ -97,15 +98,15 @@ def hessian_free_gradient(
     if action_value is None:
         if noise is None:
             raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
-        value_of = _rollouts(mdp, policy, fixed, noise, temperature, soft_value, method)
+        value_of = _averaged(_rollouts(mdp, policy, fixed, noise, temperature, soft_value, method), rollouts)
     else:
         given = action_value
         value_of = lambda th, s, a, rows: given(th, s, a)
     nodes = action_nodes(policy, fixed, states, actions)
-    grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once)
+    grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once // rollouts)
     low, high = return_range(data, real_discount)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
-    figures |= {"return_low": low, "return_high": high, "rollouts": len(states) * len(nodes)}
+    figures |= {"return_low": low, "return_high": high, "rollouts": len(states) * len(nodes) * rollouts}
     info = {key: torch.tensor(float(figure), dtype=torch.float64) for key, figure in figures.items()}
     visits = fits.state_weights[:, 0]
     info["effective_sample_size"] = visits.sum().square() / visits.square().sum()
@@ -166,6 +167,21 @@ def _rollouts(
         return soft_action_value(mdp, policy, theta, nu, noise, states.to(dtype), actions.to(dtype), **options)
 
     return value
+
+
+def _averaged(
+    value_of: Callable[[Params, Tensor, Tensor, Tensor], Tensor], rollouts: int
+) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+    """The mean of several rollouts per state and action, state i with rows i, i + 1, ... of its own."""
+    if rollouts == 1:
+        return value_of
+
+    def mean(theta: Params, states: Tensor, actions: Tensor, index: Tensor) -> Tensor:
+        rows = (index * rollouts).unsqueeze(-1) + torch.arange(rollouts, device=index.device)
+        tiled = (x.repeat_interleave(rollouts, 0) for x in (states, actions))
+        return value_of(theta, *tiled, rows.reshape(-1)).reshape(-1, rollouts).mean(-1)
+
+    return mean
 
 
 def _pull(

@@ -12,9 +12,16 @@ import torch
 from problems import scalar, seeded, stack
 from torch import Tensor, nn
 
-from sim2real.estimators import Transitions, hessian_free_gradient, soft_action_value, soft_consistency, soft_return
+from sim2real.estimators import (
+    Transitions,
+    hessian_free_gradient,
+    logged_policy_gradient,
+    soft_action_value,
+    soft_consistency,
+    soft_return,
+)
 from sim2real.mdp import ModelMDP, sample_noise
-from sim2real.params import Params
+from sim2real.params import Params, ravel, unravel
 from sim2real.policy import Policy, boltzmann_policy
 from sim2real.rollout import Rollout, rollout
 from sim2real.simulators import linear_gaussian
@@ -47,8 +54,8 @@ def tables(theta: Params) -> tuple[Tensor, Tensor]:
     return torch.softmax(BASE + torch.tensordot(theta["x"], SLOPE, 1), -1), torch.tensordot(theta["x"], BONUS, 1)
 
 
-def soft_optimum(theta: Params, sweeps: int = 400) -> Tensor:
-    """Q* `[S, A]` by plain value iteration, differentiated through every sweep; 0.9^400 is below rounding."""
+def soft_optimum(theta: Params, sweeps: int = 320) -> Tensor:
+    """Q* `[S, A]` by plain value iteration, differentiated through every sweep; 0.9^320 is rounding."""
     P, r = tables(theta)
     q = torch.zeros_like(r)
     for _ in range(sweeps):
@@ -268,6 +275,93 @@ def test_lqr_formula_is_exact_and_rollouts_come_close() -> None:
     for key, value in wanted.items():
         # in-sim noise of 280 rollouts, a few per cent; a wrong derivative (no entropy, no envelope) is off by 20 %
         torch.testing.assert_close(sampled.grad[key], value, rtol=0.0, atol=0.08 * float(value.norm()))
+
+
+def test_with_exact_values_both_routes_are_one_number_on_any_log() -> None:
+    # the policy class follows the optimum, so (dQ - dV) / lambda = grad_nu log pi . dnu as functions of (s, a)
+    world = linear_gaussian(
+        WORLD["A"], WORLD["B"], state_cost=COST, action_cost=PRICE, noise_covariance=0.1 * COST, discount=REAL
+    )
+    policy, nu = linear_noise_policy(1), soft(MODEL)
+    log = rollout(world, policy, WORLD, nu, sample_noise(world, policy, 20, 10, seeded(21)))
+    gradient = logged_policy_gradient(policy, nu, log, real_discount=REAL, groups=4)
+    found = hessian_free_gradient(
+        lqr_model(),
+        policy,
+        MODEL,
+        nu,
+        log,
+        None,
+        temperature=LAMBDA,
+        real_discount=REAL,
+        groups=4,
+        action_value=lqr_action_value,
+    )
+    _, pull = torch.func.vjp(soft, MODEL)
+    for key, value in pull(gradient.grad)[0].items():
+        torch.testing.assert_close(found.grad[key], value, rtol=1e-9, atol=1e-9)
+    # standard errors too: every replicate is pulled back through the same linear map
+    for i, replicate in enumerate(gradient.info["replicates"]):
+        wanted = ravel(pull(unravel(replicate, nu))[0])
+        torch.testing.assert_close(found.info["replicates"][i], wanted, rtol=1e-9, atol=1e-9)
+    for name in ("value_stderr", "effective_sample_size", "bellman_radius", "return_low"):
+        torch.testing.assert_close(found.info[name], gradient.info[name])
+
+
+def test_several_rollouts_and_small_batches_average_the_same() -> None:
+    log, policy, mdp, nu = lqr_log(8, 5), linear_noise_policy(1), lqr_model(), soft(MODEL)
+    noise = sample_noise(mdp, policy, 30, 8, seeded(22))
+    options = {"temperature": LAMBDA, "real_discount": REAL, "groups": 3, "rollouts": 4}
+    whole = hessian_free_gradient(mdp, policy, MODEL, nu, log, noise, **options)
+    parts = hessian_free_gradient(mdp, policy, MODEL, nu, log, noise, **options, rows_at_once=100)
+    for key, value in whole.grad.items():
+        torch.testing.assert_close(parts.grad[key], value)
+    torch.testing.assert_close(parts.info["stderr"], whole.info["stderr"])
+    assert float(whole.info["rollouts"]) == 4 * 9 * (8 + 40)
+    single = {key: value.float() for key, value in MODEL.items()}
+    cast = hessian_free_gradient(mdp, policy, single, nu, log, None, action_value=lqr_in_double, **options)
+    assert cast.grad["A"].dtype == torch.float32
+
+
+def lqr_in_double(theta: Params, states: Tensor, actions: Tensor) -> Tensor:
+    return lqr_action_value({key: value.double() for key, value in theta.items()}, states, actions)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"noise": None}, "pass noise"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"rows_at_once": 0}, "rows_at_once"),
+        ({"rollouts": 0}, "rollouts"),
+        ({"method": "exact"}, "'auto', 'pathwise', 'mixed' or 'score'"),
+        ({"method": "score"}, "log_prob"),
+        ({"action_value": lambda th, s, a: s[:, 0]}, "does not depend"),
+        ({"action_value": lambda th, s, a: th["A"].sum()}, "expected"),
+        ({"action_value": lambda th, s, a: s[:, 0] * (th["A"].sum() * 1.0e400)}, "not finite"),
+        ({"actions": stack([0.0], [1.0])}, "every action once"),
+    ],
+)
+def test_refusals(options: dict[str, object], words: str) -> None:
+    mdp, policy = lqr_model(), linear_noise_policy(1)
+    given = {"noise": sample_noise(mdp, policy, 10, 3, seeded(23)), "temperature": LAMBDA} | options
+    noise = given.pop("noise")
+    with pytest.raises(ValueError, match=words):
+        hessian_free_gradient(mdp, policy, MODEL, soft(MODEL), lqr_log(), noise, real_discount=REAL, **given)
+
+
+def test_soft_values_refuse() -> None:
+    mdp, policy, nu = finite_model(), boltzmann(), {"q": soft_optimum(THETA)}
+    noise = sample_noise(mdp, policy, 1, 3, seeded(24))
+    options = {"temperature": LAMBDA}
+    with pytest.raises(ValueError, match="differentiable model"):
+        soft_action_value(mdp, policy, THETA, nu, noise, FIRST, FIRST, method="pathwise", **options)
+    with pytest.raises(ValueError, match=r"\[N, m\]"):
+        soft_action_value(mdp, policy, THETA, nu, noise, FIRST, FIRST[:2], **options)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        soft_consistency(mdp, policy, THETA, nu, noise, FIRST, **options)
+    with pytest.raises(ValueError, match="temperature"):
+        soft_return(mdp, policy, THETA, nu, noise, temperature=-1.0)
 
 
 def test_soft_lqr_is_the_boltzmann_policy_of_its_own_values() -> None:

@@ -123,11 +123,11 @@ def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search
 
 
 def _tempered(search: Search, trial: Trial, space: Space, evaluate: Evaluate) -> tuple[Search, Trial]:
-    """A first step without any curvature has the length of the radius, however small the gradient: where the curvature
-    it taught makes the step less than half as long, the better of the two is run."""
+    """A first step without any curvature has the length of the radius, however small the gradient. Where the curvature
+    it taught makes the step clearly shorter (a fifth: less costs 6 % of a quadratic gain), the better one is run."""
     total = search.curvature + search.anchor.curvature
     shorter = trust_region_step(search.anchor.gradient, total, search.radius, *room(space, search.anchor.theta))
-    if not trial.point.trusted or float(shorter.norm()) >= 0.5 * float(trial.step.norm()):
+    if not trial.point.trusted or float(shorter.norm()) >= 0.8 * float(trial.step.norm()):
         return search, trial
     again, second = _candidate(search, space, evaluate)
     return again, second if _improves(second.point, trial.point) else trial

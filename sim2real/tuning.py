@@ -180,7 +180,7 @@ def tune(
         begun = begin(theta, first, known, options, space, evaluate, source)
         if begun is None:
             return TuneResult(theta, first, (), _report(None), (), waiting=True, state={})
-        search = begun
+        search = replace(begun, notes=(*begun.notes, *_uncertified(task, mdp, hypergradient is not None)))
         if on_step is not None:
             on_step(snapshot(search, rng))
     search, wanted, saved = _run(search, lambda s: advance(s, options, space, evaluate, source), rng, on_step)
@@ -189,6 +189,9 @@ def tune(
     result = TuneResult(point.theta, point.nu, search.history, _report(search), notes, waiting=waiting, state=saved)
     if waiting or likelihood is None or not options.use_freedom:
         return result
+    if hypergradient is not None:
+        note = "the freedom of equal policies was not used: a hypergradient does not give dnu*/dtheta"
+        return replace(result, notes=(*notes, note))
     return _freed(result, task, search, likelihood)
 
 
@@ -276,6 +279,16 @@ def _certificate(
         )
 
     return bound
+
+
+def _uncertified(task: _Task, mdp: ModelMDP, direct: bool) -> tuple[str, ...]:
+    """A note on why nothing is certified although it was asked for."""
+    if task.certificate is not None or not task.settings.certify:
+        return ()
+    cause = "a hypergradient has no linear solve to judge" if direct else "no certificate was given"
+    if not direct and mdp.derivative_order == 0:
+        cause = "the simulator has no derivatives; with an optimum, audit > 0 judges by solving anew"
+    return (f"no gradient was certified: {cause}",)
 
 
 @contextmanager

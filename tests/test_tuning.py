@@ -6,6 +6,7 @@ Gaussian log-likelihood of weight w, mean m and precision P the optimum is (2 M 
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from sim2real.bounds import Box, project
 from sim2real.estimators import logged_policy_gradient, policy_sensitivity
+from sim2real.estimators.certificate import Certificate, certify
 from sim2real.gym import record_rollout, to_gym
 from sim2real.mdp import ModelMDP, sample_noise
 from sim2real.params import Estimate, Params, assign_grads, copy_into, ravel
 from sim2real.policy import deterministic_policy, linear_policy, module_policy
 from sim2real.rollout import Rollout, rollout
 from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
-from sim2real.solve_report import UnconvergedError, UnconvergedWarning
+from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedError, UnconvergedWarning
 from sim2real.solvers.riccati import lyapunov, riccati
 from sim2real.trust_region import bfgs_update, next_radius, predicted_gain, trust_region_step
 from sim2real.tuning import TuneResult, TuneSettings, tune, tune_step
@@ -693,3 +695,203 @@ def test_strict_sensitivities_raise_in_a_step() -> None:
             gradient=toy_gradient,
             sensitivity=partial(policy_sensitivity, strict=True),
         )
+
+
+# ------------------------------------------------------------------------------------------------------ certificates
+
+
+def fake_certificate(holds: Callable[[Params], bool], asked: list[dict[str, Any]] | None = None) -> Callable[..., Any]:
+    """A certificate that holds where the predicate of theta says so."""
+
+    def certificate(J: Any, theta: Params, nu: Params, sensitivity: Any, cotangent: Params, **options: Any) -> Any:
+        if asked is not None:
+            asked.append({"theta": theta, **options})
+        good = holds(theta)
+        return Certificate(good, 0.1 if good else math.inf, 0.1, 0.2, () if good else ("the Hessian is a guess",))
+
+    return certificate
+
+
+def test_a_candidate_without_certificate_is_refused_and_the_radius_shrinks() -> None:
+    result = tune_toy(certificate=fake_certificate(lambda theta: float(theta["a"]) <= 0.4))
+    assert 0.3 < float(result.theta["a"]) <= 0.4
+    assert any("refused a candidate: not certified: the Hessian is a guess" in note for note in result.notes)
+    refused = [row for row in result.history if row.get("certified") == 0]
+    assert refused
+    assert not any(row["accepted"] for row in refused)
+    assert all(math.isinf(row["error_bound"]) and row["audit_error"] == 0.2 for row in refused)
+    kept = [row for row in result.history if row["accepted"]]
+    assert all(row["certified"] == 1 and row["error_bound"] == 0.1 for row in kept)
+    for before, after in zip(result.history, result.history[1:], strict=False):
+        if before.get("certified") == 0:
+            assert after["radius"] <= 0.5 * min(before["step_norm"], before["radius"]) * (1 + 1e-12)
+
+
+def test_a_start_without_certificate_ends_the_run_and_says_why() -> None:
+    result = tune_toy(certificate=fake_certificate(lambda theta: False))
+    assert len(result.history) == 1
+    assert all(torch.equal(result.theta[key], START[key]) for key in START)
+    assert result.report.status == "refused: the gradient is not certified: the Hessian is a guess"
+    assert not result.report.converged
+    assert "certify = False goes on without" in result.notes[0]
+    unasked = tune_toy(
+        certificate=fake_certificate(lambda theta: False), settings=TuneSettings(max_steps=40, certify=False)
+    )
+    assert unasked.report.converged
+    assert "certified" not in unasked.history[0]
+
+
+def test_only_candidates_that_would_be_kept_are_certified_and_only_their_free_parameters() -> None:
+    asked: list[dict[str, Any]] = []
+    result = tune_toy(
+        free=("b",),
+        certificate=fake_certificate(lambda theta: True, asked),
+        settings=TuneSettings(audit=2, max_steps=9),
+    )
+    assert len(asked) == sum(row["accepted"] for row in result.history)
+    for call in asked:
+        assert float(call["scale"]["a"]) == 0.0
+        assert bool((call["scale"]["b"] > 0).all())
+        assert (call["tol"], call["directions"], call["derivative_order"]) == (0.05, 2, 2)
+
+
+def test_certified_runs_on_real_data_resume_bitwise() -> None:
+    problem = lqr_problem(sigma=0.8)
+    states: list[Params] = []
+    seen = fake_certificate(lambda theta: abs(float(theta["A"][0, 1]) - 0.204) < 0.01)
+    options = {"collect": collector(problem), "certificate": seen}
+    whole = tune_lqr(problem, generator=torch.Generator().manual_seed(7), on_step=states.append, **options)
+    assert any("refused a candidate: not certified" in note for note in whole.notes)
+    assert all(row["certified"] == 1 for row in whole.history if row["accepted"])
+    for state in states[1:3]:
+        assert same(whole, tune_lqr(problem, generator=torch.Generator(), state=state, **options))
+
+
+def test_the_librarys_certificate_tells_a_wrong_sensitivity() -> None:
+    problem = lqr_problem()
+    half = lambda J, theta, nu, **options: _scaled(policy_sensitivity(J, theta, nu, **options), 0.8)
+    log = exploring_log(problem, 0)
+    wrong = tune_lqr(problem, log=log, sensitivity=half)
+    assert wrong.report.status.startswith("refused: the gradient is not certified")
+    right = tune_lqr(problem, log=log, settings=TuneSettings(max_steps=2, audit=1))
+    kept = [row for row in right.history if row["accepted"]]
+    assert all(row["certified"] == 1 for row in kept)
+    assert all(row["error_bound"] < 1e-6 and row["audit_error"] < 1e-3 for row in kept)
+    loose = tune_lqr(problem, log=log, sensitivity=half, settings=TuneSettings(max_steps=1, error_tol=0.5))
+    assert loose.history[0]["certified"] == 1
+
+
+def _scaled(chain: Sensitivity, factor: float) -> Sensitivity:
+    times = lambda params: {key: factor * value for key, value in params.items()}
+    return replace(chain, vjp=lambda g: times(chain.vjp(g)), jvp=lambda v: times(chain.jvp(v)))
+
+
+def test_a_step_carries_its_certificate() -> None:
+    arguments: dict[str, Any] = {"objective": toy_objective, "gradient": toy_gradient, "real_reward": None}
+    start = (toy_mdp(), linear_policy(2), START, {"x": torch.zeros(3, dtype=torch.float64)}, None, None)
+    step = tune_step(*start, real_discount=0.9, certificate=certify, **arguments)
+    assert float(step.info["certified"]) == 1.0
+    assert float(step.info["error_bound"]) < 1e-6
+    assert step.report.converged
+    bad = tune_step(*start, real_discount=0.9, certificate=fake_certificate(lambda theta: False), **arguments)
+    assert not bad.report.converged
+    assert bad.report.status == "not certified: the Hessian is a guess"
+
+
+def test_what_cannot_be_certified_is_not_called_certified() -> None:
+    black_box = replace(toy_mdp(), derivative_order=0)
+    own = lambda J, theta, nu, cotangent, derivative_order: Sensitivity(
+        lambda g: {"a": g["x"][0], "b": g["x"][1:]}, lambda v: {"x": ravel(v)}, SolveReport(True, 0.0, 0, "exact")
+    )
+    options: dict[str, Any] = {"objective": toy_objective, "gradient": toy_gradient, "real_reward": None}
+    arguments = (black_box, linear_policy(2), START, {"x": torch.zeros(3, dtype=torch.float64)}, None, None)
+    result = tune(
+        *arguments, real_discount=0.9, box=Box(), sensitivity=own, settings=TuneSettings(max_steps=40), **options
+    )
+    assert result.report.converged
+    assert "certified" not in result.history[0]
+    assert "no gradient was certified: the simulator has no derivatives" in "\n".join(result.notes)
+    # its optimum solved anew can tell, though
+    audited = tune(
+        *arguments,
+        real_discount=0.9,
+        box=Box(),
+        sensitivity=own,
+        optimum=lambda theta, nu: {"x": ravel(theta)},
+        settings=TuneSettings(audit=3),
+        **options,
+    )
+    assert audited.history[0]["certified"] == 1
+
+
+# ------------------------------------------------------------------------------------------- other ways and failures
+
+
+def test_a_hypergradient_replaces_gradient_and_sensitivity() -> None:
+    def direct(mdp: Any, policy: Any, theta: Params, nu: Params, log: Any, noise: Any, **_: Any) -> Estimate:
+        gap = ravel(theta) - BEST
+        slope = -2 * M @ gap
+        return Estimate(-(gap @ M @ gap) - 5.0, {"a": slope[0], "b": slope[1:]}, {"value_stderr": torch.tensor(0.5)})
+
+    forbidden = lambda *_, **__: pytest.fail("not needed")
+    options: dict[str, Any] = {"gradient": forbidden, "sensitivity": forbidden, "hypergradient": direct}
+    result = tune_toy(optimum=lambda theta, nu: {"x": ravel(theta)}, **options)
+    torch.testing.assert_close(ravel(result.theta), BEST, rtol=0, atol=1e-6)
+    assert result.report.converged
+    assert "certified" not in result.history[0]
+    assert result.history[0]["real_return_stderr"] == 0.5
+    assert any("no gradient was certified: a hypergradient" in note for note in result.notes)
+    likelihood = ({"a": torch.tensor(0.0).double(), "b": torch.zeros(2).double()}, torch.eye(3).double())
+    told = tune_toy(optimum=lambda theta, nu: {"x": ravel(theta)}, likelihood=likelihood, **options)
+    assert told.freedom is None
+    assert any("the freedom of equal policies was not used" in note for note in told.notes)
+
+
+def test_unconverged_parts_are_noted_and_other_warnings_pass() -> None:
+    def gradient(policy: Any, nu: Params, log: Any, **_: Any) -> Estimate:
+        warnings.warn("2 of 8 quadratic programs did not converge", UnconvergedWarning)
+        warnings.warn("something else", RuntimeWarning)
+        return toy_gradient(policy, nu, log)
+
+    with pytest.warns(RuntimeWarning, match="something else"):
+        result = tune_toy(gradient=gradient, settings=TuneSettings(max_steps=2))
+    noted = [note for note in result.notes if "2 of 8 quadratic programs did not converge" in note]
+    assert noted[0].startswith("iteration 0: ")
+
+
+def test_a_best_policy_that_new_data_cannot_price_does_not_end_the_run() -> None:
+    problem = lqr_problem(sigma=0.8)
+    calls: list[int] = []
+
+    def fragile(policy: Any, nu: Params, log: Any, **options: Any) -> Estimate:
+        calls.append(len(log.rewards))
+        if len(log.rewards) == 1500 and 1500 not in calls[:-1]:  # the first look at the data of iteration 1
+            raise ValueError("the data do not identify the critic")
+        return logged_policy_gradient(policy, nu, log, **options)
+
+    result = tune_lqr(problem, collect=collector(problem), gradient=fragile, generator=torch.Generator().manual_seed(7))
+    assert "iteration 1: the best policy cannot be evaluated on the new data: the data do not identify" in "\n".join(
+        result.notes
+    )
+    assert len(result.history) == 5
+    assert result.history[1]["accepted"] == 1
+
+
+def test_the_first_step_of_a_flat_start_is_not_as_long_as_the_radius() -> None:
+    """The real return falls off so steeply that a step of the whole radius overshoots twofold and still gains."""
+    curved = torch.eye(3, dtype=torch.float64) * 20
+    goal = ravel(START) + 0.13
+
+    def gradient(policy: Any, nu: Params, log: Any, **_: Any) -> Estimate:
+        gap = nu["x"] - goal
+        return Estimate(-(gap @ curved @ gap), {"x": -2 * curved @ gap})
+
+    ran: list[Params] = []
+
+    def collect(policy: Any, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
+        ran.append(nu)
+        return exploring_log(lqr_problem(), iteration, batch=2, horizon=3)
+
+    unit = {key: torch.tensor(1.0, dtype=torch.float64) for key in START}
+    tune_toy(gradient=gradient, collect=collect, scale=unit, settings=TuneSettings(max_steps=1, radius=0.44))
+    torch.testing.assert_close(ran[1]["x"], goal, rtol=0, atol=1e-9)  # the curvature taught makes it Newton's step

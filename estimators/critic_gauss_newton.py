@@ -82,26 +82,13 @@ def critic_gauss_newton(
     removes), "newton_step" `[P]` (raveled), "gain" (of return, which that step promises), "largest_q_aa" (largest
     eigenvalue of E_e Q_aa over the states; must be negative).
     """
-    states64, weights64 = states.detach().double(), weights.detach().double()
     nu64 = {key: value.detach().double() for key, value in nu.items()}
-    theta64 = {key: value.detach().double() for key, value in theta.items()}
-    scale = {_SCALE: torch.ones((), dtype=torch.float64, device=states.device)}
-    scaled = lambda th, s, a: th[_SCALE] * q_values({key: th[key] for key in theta}, s, a)
-    held = expand(partial(q_values, theta64), policy, nu64, states64, weights64, nodes)
+    inner, held = improvement(
+        q_values, policy, theta, nu64, states, weights, nodes, cotangent=cotangent, damping=damping, solve=solve
+    )
+    step = inner.jvp({key: torch.zeros_like(value).double() for key, value in theta.items()} | _scale(states))
     largest = float(torch.linalg.eigvalsh(_mean_curvature(held)).max())
-    if not largest < 0:
-        raise UnconvergedError(
-            f"the critic has no maximum in the action: the largest eigenvalue of Q_aa is {largest:.3g}, it must be "
-            "negative. Draw more rollouts, explore more, or choose features with less freedom in the action"
-        )
-    J = lambda th, nu_: _surrogate(partial(scaled, th), policy, nu_, states64, nodes, held)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnconvergedWarning)  # judged below, with the critic's own conditions
-        inner = policy_sensitivity(
-            J, theta64 | scale, nu64, cotangent=cotangent, damping=damping, solve=solve, strict=False
-        )
-        step = inner.jvp({key: torch.zeros_like(value) for key, value in theta64.items()} | scale)
-    figures = _figures(held, step, policy, nu64, states64, nodes)
+    figures = _figures(held, step, policy, nu64, states.detach().double(), nodes)
     info = {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
     info |= {"largest_q_aa": torch.tensor(largest, dtype=torch.float64), "newton_step": ravel(step)}
     report = judged(inner.report, figures, tolerance)
@@ -113,10 +100,52 @@ def critic_gauss_newton(
 
     def jvp(v: Params) -> Params:
         check_same_keys(theta, v, "the tangent of jvp")
-        pushed = inner.jvp(v | {_SCALE: torch.zeros_like(scale[_SCALE])})
+        pushed = inner.jvp(v | {_SCALE: torch.zeros_like(_scale(states)[_SCALE])})
         return {key: pushed[key].to(nu[key].dtype) for key in nu}
 
     return Sensitivity(vjp, jvp, report, info)
+
+
+def improvement(
+    q_values: QValues,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    states: Tensor,
+    weights: Tensor,
+    nodes: Nodes,
+    *,
+    cotangent: Params | None = None,
+    damping: float | Literal["auto"] = 0.0,
+    solve: Solve = cg,
+) -> tuple[Sensitivity, Expansion]:
+    """`-H_GN^-1 C_GN` as products and the critic's expansion, unjudged; theta gains a factor of Q, `_SCALE`.
+
+    Raises `UnconvergedError` when E_e Q_aa is not negative definite somewhere.
+    """
+    states, weights = states.detach().double(), weights.detach().double()
+    nu = {key: value.detach().double() for key, value in nu.items()}
+    theta = {key: value.detach().double() for key, value in theta.items()}
+    held = expand(partial(q_values, theta), policy, nu, states, weights, nodes)
+    largest = float(torch.linalg.eigvalsh(_mean_curvature(held)).max())
+    if not largest < 0:
+        raise UnconvergedError(
+            f"the critic has no maximum in the action: the largest eigenvalue of Q_aa is {largest:.3g}, it must be "
+            "negative. Draw more rollouts, explore more, or choose features with less freedom in the action"
+        )
+
+    def J(th: Params, at: Params) -> Tensor:
+        scaled = lambda s, a: th[_SCALE] * q_values({key: th[key] for key in theta}, s, a)
+        return _surrogate(scaled, policy, at, states, nodes, held)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)  # for the caller to judge, with the critic's conditions
+        scale = _scale(states)
+        return policy_sensitivity(J, theta | scale, nu, cotangent=cotangent, damping=damping, solve=solve), held
+
+
+def _scale(states: Tensor) -> Params:
+    return {_SCALE: torch.ones((), dtype=torch.float64, device=states.device)}
 
 
 def expand(

@@ -13,7 +13,6 @@ d nu/d theta nor G is formed: theta -> W (critic weights) -> nu, each link as it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +20,14 @@ import torch
 from torch import Tensor
 
 from sim2real.estimators.critic import Features
-from sim2real.estimators.critic_gauss_newton import QValues, action_slope, critic_gauss_newton, demand, expand
+from sim2real.estimators.critic_gauss_newton import (
+    QValues,
+    action_slope,
+    critic_gauss_newton,
+    demand,
+    expand,
+    improvement,
+)
 from sim2real.estimators.logged_policy_gradient import jackknife_stderr
 from sim2real.estimators.model_critic import (
     Derivative,
@@ -66,21 +72,22 @@ def function_space_sensitivity(
     Raises `ValueError` for a policy whose action has no derivative in nu, `CriticError`, and `UnconvergedError` when
     the critic has no maximum in the action.
     """
-    critic = (
-        data
-        if isinstance(data, ModelCritic)
-        else model_critic(mdp, policy, theta, nu, data, features=features, derivative=derivative, behaviour=behaviour)
-    )
-    _check_smooth(policy, nu, critic.data.transitions.states)
+    critic = _fitted(mdp, policy, theta, nu, data, features, derivative, behaviour)
     where, weights = visited(critic, mdp.discount, states)
-    options: dict[str, Any] = {"cotangent": cotangent, "damping": damping, "solve": solve, "tolerance": tolerance}
-
-    def projected(at: ModelCritic) -> Sensitivity:
-        return critic_gauss_newton(
-            _values(at), policy, {"weights": at.weights}, nu, where, weights, at.nodes, **options
+    options: dict[str, Any] = {"cotangent": cotangent, "damping": damping, "solve": solve}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)  # judged once, below
+        inner = critic_gauss_newton(
+            _values(critic),
+            policy,
+            {"weights": critic.weights},
+            nu,
+            where,
+            weights,
+            critic.nodes,
+            tolerance=tolerance,
+            **options,
         )
-
-    inner = _quietly(projected, critic)
 
     def vjp(g: Params) -> Params:
         pulled = inner.vjp(g)["weights"]
@@ -96,8 +103,9 @@ def function_space_sensitivity(
         replicates = []
         for group in range(len(critic.sums.gram)):
             other = leave_out(critic, policy, nu, group, mdp.discount)
-            pulled = _quietly(projected, other).vjp(cotangent)["weights"]
-            replicates.append(ravel(critic_vjp(other, mdp, theta, pulled)))
+            at = {"weights": other.weights}
+            link = improvement(_values(other), policy, at, nu, where, weights, other.nodes, **options)[0]
+            replicates.append(ravel(critic_vjp(other, mdp, theta, link.vjp(cotangent)["weights"])))
         info["stderr"] = jackknife_stderr(torch.stack(replicates))
         report = replace(report, error_bound=2 * float(info["stderr"].norm()))
     demand(report, strict)
@@ -121,12 +129,7 @@ def action_sensitivity(
     The protocol's nu is `{"action": [M, m]}`: vjp takes a cotangent of the actions, jvp returns their change. For
     over-parameterised policies this is identifiable where d nu is not. Options as in `function_space_sensitivity`.
     """
-    critic = (
-        data
-        if isinstance(data, ModelCritic)
-        else model_critic(mdp, policy, theta, nu, data, features=features, derivative=derivative, behaviour=behaviour)
-    )
-    _check_smooth(policy, nu, states)
+    critic = _fitted(mdp, policy, theta, nu, data, features, derivative, behaviour)
     held = expand(
         lambda s, a: critic.features(s, a) @ critic.weights,
         policy,
@@ -191,19 +194,26 @@ def _values(critic: ModelCritic) -> QValues:
     return lambda th, s, a: critic.features(s, a) @ th["weights"]
 
 
-def _quietly(build: Callable[[ModelCritic], Sensitivity], critic: ModelCritic) -> Sensitivity:
-    """Without the warning: the caller judges the report once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnconvergedWarning)
-        return build(critic)
-
-
-def _check_smooth(policy: Policy, nu: Params, states: Tensor) -> None:
+def _fitted(
+    mdp: ModelMDP,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    data: Noise | ModelCritic,
+    features: Features | None,
+    derivative: Derivative,
+    behaviour: Policy | None,
+) -> ModelCritic:
+    """The critic given, or fitted; raises `ValueError` for a policy whose action does not follow nu smoothly."""
+    states = data.data.transitions.states if isinstance(data, ModelCritic) else mdp.initial_state(theta, data.initial)
     if not moves_smoothly(policy, nu, states):
         raise ValueError(
             "the policy's action has no derivative in nu (a discrete policy?): the function-space route needs "
             "continuous actions; use soft_sensitivity, or score_sensitivity"
         )
+    if isinstance(data, ModelCritic):
+        return data
+    return model_critic(mdp, policy, theta, nu, data, features=features, derivative=derivative, behaviour=behaviour)
 
 
 def _like(params: Params, like: Params) -> Params:

@@ -50,6 +50,7 @@ from sim2real.rollout import rollout
 Derivative = Literal["auto", "score", "pathwise"]
 Nodes = tuple[Tensor, Tensor]
 """noise of the policy `[K, noise_dim]` and weights `[K]`, summing to 1"""
+Rows = slice | Tensor
 
 _ROWS = 65_536  # transitions in one graph: bounds memory, not the result
 _DIFFERENCE_STEP = 6e-6  # cube root of the float64 rounding
@@ -125,7 +126,7 @@ def model_critic(
         )
     with torch.no_grad():
         drawn = rollout(mdp, acting, theta, nu, noise)
-        flat = transitions(drawn)
+        flat = _in_double(transitions(drawn))
         mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
         basis = scaled_features(features if features is not None else quadratic_features(flat), flat)
         nodes = policy_nodes(policy, nu, flat.states)
@@ -134,9 +135,12 @@ def model_critic(
         following = by_rows(mean, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
         episodes = len(flat.initial_states)
         group = flat.episode * groups // episodes
-        data = Simulated(flat, noise.process[mask], phi, following, leverage_weights(phi), group)
+        data = Simulated(flat, noise.process[mask].double(), phi, following, leverage_weights(phi), group)
     sums = _ridged(_sums(data, groups), ridge)
-    condition, radius = check_identified(sums, mdp.discount, 0.0)
+    try:
+        condition, radius = check_identified(sums, mdp.discount, 0.0)
+    except CriticError as error:
+        raise CriticError(f"of the simulated rollouts: {error}") from error
     if radius >= 1:
         raise CriticError(
             f"the policy's value diverges in the simulator (Bellman radius {radius:.4g} >= 1): train it further, "
@@ -224,9 +228,14 @@ def by_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
     return torch.cat([function(slice(start, start + _ROWS)) for start in range(0, count, _ROWS)])
 
 
+def _in_double(data: Transitions) -> Transitions:
+    wide = ("states", "actions", "rewards", "next_states", "initial_states")
+    return replace(data, **{name: getattr(data, name).double() for name in wide})
+
+
 def _sums(data: Simulated, groups: int) -> CriticSystem:
     weighted = data.weights.unsqueeze(-1) * data.phi
-    rewards, parts = data.transitions.rewards.double(), []
+    rewards, parts = data.transitions.rewards, []
     for g in range(groups):
         rows = data.group == g
         chosen = weighted[rows]
@@ -260,10 +269,10 @@ def _price(
     """What the target's derivative needs of the value function: D `[N]`, or discount grad V at s' `[N, n]`."""
     flat = data.transitions
     if mode == "score":
-        return flat.rewards.double() + (discount * data.following - data.phi) @ weights
+        return flat.rewards + (discount * data.following - data.phi) @ weights
 
     def slope(rows: slice) -> Tensor:
-        states = flat.next_states[rows].double().requires_grad_()
+        states = flat.next_states[rows].clone().requires_grad_()
         with torch.enable_grad():
             value = (expected(policy, nu, states, features, nodes) @ weights).sum()
             return torch.autograd.grad(value, states)[0]
@@ -271,20 +280,19 @@ def _price(
     return discount * by_rows(slope, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
 
 
-def _blocks(critic: ModelCritic) -> list[Tensor]:
-    """Indices of the transitions in the fit, in blocks."""
+def _blocks(critic: ModelCritic) -> list[Rows]:
+    """The transitions in the fit, in blocks."""
     group = critic.data.group
-    kept = torch.arange(len(group), device=group.device)
-    if critic.left_out is not None:
-        kept = kept[group != critic.left_out]
-    return list(kept.split(_ROWS))
+    if critic.left_out is None:
+        return [slice(start, start + _ROWS) for start in range(0, len(group), _ROWS)]
+    return list((group != critic.left_out).nonzero().flatten().split(_ROWS))
 
 
-def _weighted(critic: ModelCritic, rows: Tensor) -> Tensor:
+def _weighted(critic: ModelCritic, rows: Rows) -> Tensor:
     return critic.data.weights[rows].unsqueeze(-1) * critic.data.phi[rows]
 
 
-def _targets(critic: ModelCritic, mdp: ModelMDP, theta: Params, rows: Tensor) -> Tensor:
+def _targets(critic: ModelCritic, mdp: ModelMDP, theta: Params, rows: Rows) -> Tensor:
     """Whose derivative in theta is y, per transition `[M]`."""
     data, price = critic.data.transitions, critic.price[rows]
     s, a, e, after = data.states[rows], data.actions[rows], critic.data.noise[rows], data.next_states[rows]

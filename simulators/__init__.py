@@ -12,7 +12,9 @@ from sim2real.simulators.battery import (
 from sim2real.simulators.bench_rig import BenchRig, RigTrajectory, logged_rows, rig_rollout
 from sim2real.simulators.building_rc import building_rc
 from sim2real.simulators.cartpole import cartpole, cartpole_energy
+from sim2real.simulators.cstr import cstr
 from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
+from sim2real.simulators.evaporation import evaporation, evaporation_cost
 from sim2real.simulators.integrate import Integrator, integrate_first_order, integrate_second_order
 from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
@@ -28,9 +30,12 @@ __all__ = [
     "building_rc",
     "cartpole",
     "cartpole_energy",
+    "cstr",
     "double_pendulum",
     "double_pendulum_energy",
     "drift_load",
+    "evaporation",
+    "evaporation_cost",
     "gaussian_load",
     "integrate_first_order",
     "integrate_second_order",

@@ -160,7 +160,8 @@ def _free_solve(H: Tensor, active: Tensor, v: Tensor) -> Tensor:
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    # a row times a matrix: batched multiplication does that several times faster
+    return (vector.unsqueeze(-2) @ matrix.mT).squeeze(-2)
 
 
 def _check_values(H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> None:

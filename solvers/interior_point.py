@@ -55,8 +55,8 @@ class Scaling(NamedTuple):
 
 
 def apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """`[..., n, m] @ [..., m]`."""
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    """`[..., n, m] @ [..., m]`; a row times a matrix, which batched multiplication does several times faster."""
+    return (vector.unsqueeze(-2) @ matrix.mT).squeeze(-2)
 
 
 def rows(program: Program, which: Tensor) -> Program:

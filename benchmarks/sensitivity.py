@@ -8,7 +8,9 @@ found by `policy_optimum`. The errors are relative in the Frobenius norm, the wo
     jacobian   jacrev and jacfwd of the layer, all entries
 
 `torchopt-vjp` is the error of TorchOpt's `custom_root` with its default solver on the same problems, `torchopt-time`
-its time for one backward over ours, on the largest system. `derivatives`: see `derivatives.py`.
+its time for one backward over ours, on the largest system. The bars of the other files run from here, too:
+`derivatives`, `s-exact`, `s-samples`, `s-scale`, `s-certificate`, `s-equivalence`, `s-economic`, `s-hessian-free`
+(`hessian_free.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bars import Figure, main
+from benchmarks.bars import Bar, Figure, main
 from benchmarks.oracles.lqr import gain_jacobian, optimal_gain, random_system
 from sim2real.estimators import lqr_sensitivity, policy_sensitivity
 from sim2real.params import Params
@@ -176,12 +179,22 @@ def lqr_sensitivity_errors(quick: bool) -> Iterator[Figure]:
     yield Figure("torchopt-time", float(np.median([a / b for _, a, b in largest])), "times ours", len(largest))
 
 
-def derivative_failures(quick: bool) -> Iterator[Figure]:
-    """See `benchmarks/derivatives.py`."""
-    from benchmarks.derivatives import derivative_failures as failures
-
-    yield from failures(quick)
+def elsewhere(module: str, name: str) -> Bar:
+    """The bar `name` of `benchmarks/<module>.py`, imported when it runs."""
+    return lambda quick: getattr(import_module(f"benchmarks.{module}"), name)(quick)
 
 
 if __name__ == "__main__":
-    main({"lqr-sensitivity": lqr_sensitivity_errors, "derivatives": derivative_failures})
+    main(
+        {
+            "lqr-sensitivity": lqr_sensitivity_errors,
+            "derivatives": elsewhere("derivatives", "derivative_failures"),
+            "s-exact": elsewhere("exact", "s_exact"),
+            "s-samples": elsewhere("samples", "s_samples"),
+            "s-scale": elsewhere("scale", "s_scale"),
+            "s-certificate": elsewhere("certificate", "s_certificate"),
+            "s-equivalence": elsewhere("equivalence", "s_equivalence"),
+            "s-economic": elsewhere("economic", "s_economic"),
+            "s-hessian-free": elsewhere("hessian_free", "s_hessian_free"),
+        }
+    )

@@ -220,7 +220,7 @@ def search(
         gain = penalized_return(float(there[0]), there[1], penalty) - penalized_return(float(value), margin, penalty)
         fall = (g + S.T @ out.multipliers) - (there[2] + there[3].T @ out.multipliers)
         curvature = bfgs_update(curvature, out.step, fall)
-        if float(out.step.norm()) < 1e-9:
+        if float(out.step.norm()) < 1e-7:
             break
         if gain > -1e-13:
             theta, (value, margin, g, S), multipliers = theta + out.step, there, out.multipliers

@@ -1,8 +1,11 @@
 """Constraint margins and gradients from real data and from draws, against exact linear-Gaussian answers."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -55,13 +58,13 @@ def test_mean_constraint_from_logged_data() -> None:
     exact = mean_effort(leaf)
     exact.backward()
     exact = exact.detach()
-    found = constraint_gradient(EFFORT, linear_policy(1), NU, real_log(STD, 200, 40, 0))
-    # four standard errors on three numbers: a false alarm once in 5 000 seeds
+    found = constraint_gradient(EFFORT, linear_policy(1), NU, real_log(STD, 100, 40, 0))
+    # four jackknife standard errors (t with 15 degrees of freedom) on three numbers: a false alarm in 300 seeds
     assert abs(float(found.estimate - exact)) < 4 * float(found.stderr)
     assert leaf["gain"].grad is not None
     stderr = (1 - GAMMA) * found.info["stderr"]
     assert bool(((found.grad["gain"] + leaf["gain"].grad).flatten().abs() < 4 * stderr).all())
-    assert float(found.stderr) < 0.1 * float(exact)
+    assert float(found.stderr) < 0.15 * float(exact)
     assert float(found.value) == pytest.approx(0.6 - float(found.estimate) - 1.6449 * float(found.stderr), rel=1e-4)
     assert found.trusted
 
@@ -90,7 +93,7 @@ def test_chance_constraint_from_logged_data(width: float) -> None:
     model = linear_gaussian(stack([a]), stack([b]), noise_covariance=stack([0.3]))
     nu = {"gain": stack([0.6])}
     policy = linear_policy(1, std=0.5)
-    noise = sample_noise(model, policy, 400, 50, seeded(0))
+    noise = sample_noise(model, policy, 200, 50, seeded(0))
     log = rollout(model, policy, {"A": stack([a]), "B": stack([b])}, nu, noise)
     near = Constraint(
         "range", lambda s, u, following: s[:, 0].abs(), 1.2, "chance", GAMMA, probability=0.3, width=width
@@ -244,3 +247,13 @@ def test_inputs_that_do_not_fit() -> None:
     wrong = replace(EFFORT, cost=lambda s, a, following: s)
     with pytest.raises(ValueError, match="cost of 'effort' gave"):
         measured_constraint(wrong, transitions(log))
+
+
+@pytest.mark.parametrize("page", ["safety", "equivalence"])
+def test_the_documented_snippets_run(page: str) -> None:
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.rst").read_text()
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    assert len(blocks) >= 2
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(dedent(block), f"docs/{page}.rst", "exec"), scope)

@@ -12,6 +12,7 @@ from sim2real.estimators.equivalence import (
     equivalence_gap,
     modified_reward,
 )
+from sim2real.estimators.estimate_certificate import certify_estimate
 from sim2real.estimators.explicit_sensitivity import explicit_sensitivity
 from sim2real.estimators.finite_difference import finite_difference_gradient
 from sim2real.estimators.hessian_free import hessian_free_gradient
@@ -46,6 +47,7 @@ __all__ = [
     "action_sensitivity",
     "audit",
     "certify",
+    "certify_estimate",
     "equivalence_gap",
     "explicit_sensitivity",
     "finite_difference_gradient",

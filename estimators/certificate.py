@@ -102,7 +102,9 @@ def certify(
     bound = gap * (1.0 + found.remainder) + found.uncertainty
     reasons = found.obstacles
     if bound > max(tol * size, atol):
-        at = product_at(J, theta, nu, cotangent, norm=norm, derivative_order=derivative_order)
+        at = found.value
+        if found.info["newton_move"] > 0:
+            at = product_at(J, theta, nu, cotangent, norm=norm, derivative_order=derivative_order)
         reasons = (*_causes(claim, found, at, norm, max(tol * size, atol)), *reasons)
     info = found.info | {"gap": gap, "uncertainty": found.uncertainty}
     return _concluded(bound, size, reasons, checked, tol, atol, info)

@@ -6,10 +6,11 @@ A cost signal c(s, a, s+) of a real transition, in its own unit, and the discoun
     chance       E_real sum_t w_t 1[c_t > limit]             <= probability
     worst_case   max_k E_sim(theta_k) sum_t w_t c_t          <= limit        theta_k drawn from the fitted posterior
 
-The margin is what is left, `limit - value - z stderr`, z the one-sided normal quantile of `confidence`; it must be
->= 0, and its gradient points towards safety. In theta it is `(dnu*/dtheta)'` times that, the same vjp as for the
-return; the gradient of the standard error is left out. A chance constraint bounds the share of steps, hence the
-probability of any violation within T steps by T times as much at most (Boole). Its indicator may be smoothed,
+The margin is what is left, `limit - value - t stderr`, t the one-sided Student quantile of `confidence` with as many
+degrees of freedom as the jackknife has groups, less one; it must be >= 0, and its gradient points towards safety. In
+theta it is `(dnu*/dtheta)'` times that, the same vjp as for the return; the gradient of the standard error is left
+out. A chance constraint bounds the share of steps, hence the probability of any violation within T steps by T times
+as much at most (Boole). Its indicator may be smoothed,
 
     h(x) = u^3 (10 - 15 u + 6 u^2),   u = min(1, max(0, 1 + x / width)),   x = c - limit,
 
@@ -25,10 +26,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import NormalDist
 from typing import Literal
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
@@ -128,7 +129,9 @@ def constraint_gradient(
     share = 1 - constraint.discount
     value, stderr = share * found.value, share * found.info.get("value_stderr", torch.zeros_like(found.value))
     allowed = constraint.limit if constraint.kind == "mean" else constraint.probability
-    margin = allowed - value - NormalDist().inv_cdf(constraint.confidence) * stderr
+    groups = len(found.info.get("value_replicates", ()))
+    quantile = float(student.ppf(constraint.confidence, groups - 1 if groups > 1 else math.inf))
+    margin = allowed - value - quantile * stderr
     reason = _doubt(found)
     grad = {key: -share * part for key, part in found.grad.items()}
     return Margin(margin, grad, value, stderr, trusted=not reason, reason=reason, info=found.info)

@@ -36,6 +36,7 @@ from sim2real.estimators.critic import (
     Features,
     act,
     check_identified,
+    expected_features,
     leverage_weights,
     noise_nodes,
     quadratic_features,
@@ -81,6 +82,8 @@ class ModelCritic:
     """W `[q]`"""
     features: Features
     nodes: Nodes
+    actions: Tensor | None
+    """`[A, m]` all actions of a discrete policy, which then replace the nodes"""
     system: Tensor
     """A `[q, q]`"""
     sums: CriticSystem
@@ -105,6 +108,7 @@ def model_critic(
     features: Features | None = None,
     derivative: Derivative = "auto",
     behaviour: Policy | None = None,
+    actions: Tensor | None = None,
     ridge: float = 0.0,
     groups: int = 8,
 ) -> ModelCritic:
@@ -113,6 +117,7 @@ def model_critic(
     `features(s, a) -> [N, q]` (None: all monomials up to degree 2). `derivative` "auto": pathwise where the model has a
     derivative, else score. `behaviour`: who acts in the rollouts, with the same nu (None: the policy itself); a
     deterministic policy needs one, say `exploring_policy(policy, std)`, and `noise.policy` then holds its columns.
+    `actions [A, m]`: all actions of a discrete policy (None: 64 nodes stand for its probabilities).
     Memory: two features `[N, q]`. Raises `CriticError` when the data fix no critic or it diverges, `ValueError` when
     the model has neither a derivative nor a log_prob, or the options do not fit.
     """
@@ -131,7 +136,7 @@ def model_critic(
         basis = scaled_features(features if features is not None else quadratic_features(flat), flat)
         nodes = policy_nodes(policy, nu, flat.states)
         phi = by_rows(lambda rows: basis(flat.states[rows], flat.actions[rows]), len(flat.rewards))
-        mean = lambda rows: expected(policy, nu, flat.next_states[rows], basis, nodes)
+        mean = lambda rows: expected(policy, nu, flat.next_states[rows], basis, nodes, actions)
         following = by_rows(mean, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
         episodes = len(flat.initial_states)
         group = flat.episode * groups // episodes
@@ -147,8 +152,8 @@ def model_critic(
             "lower the discount, or draw more rollouts"
         )
     weights, system = _solution(sums, list(range(groups)), mdp.discount)
-    price = _price(policy, nu, weights, basis, nodes, data, mdp.discount, mode)
-    return ModelCritic(weights, basis, nodes, system, sums, data, mode, price, condition, radius)
+    critic = ModelCritic(weights, basis, nodes, actions, system, sums, data, mode, weights, condition, radius)
+    return replace(critic, price=_price(critic, policy, nu, mdp.discount))
 
 
 def derivative_mode(mdp: ModelMDP, derivative: Derivative) -> Literal["score", "pathwise"]:
@@ -169,8 +174,8 @@ def leave_out(critic: ModelCritic, policy: Policy, nu: Params, group: int, disco
     """The critic refitted without one group of rollouts: a jackknife replicate."""
     keep = [g for g in range(len(critic.sums.gram)) if g != group]
     weights, system = _solution(critic.sums, keep, discount)
-    price = _price(policy, nu, weights, critic.features, critic.nodes, critic.data, discount, critic.derivative)
-    return replace(critic, weights=weights, system=system, price=price, left_out=group)
+    other = replace(critic, weights=weights, system=system, left_out=group)
+    return replace(other, price=_price(other, policy, nu, discount))
 
 
 def critic_vjp(critic: ModelCritic, mdp: ModelMDP, theta: Params, cotangent: Tensor) -> Params:
@@ -217,10 +222,19 @@ def moves_smoothly(policy: Policy, nu: Params, states: Tensor) -> bool:
         return bool(act(policy, leaves, states[:1], noise).requires_grad)
 
 
-def expected(policy: Policy, nu: Params, states: Tensor, features: Features, nodes: Nodes) -> Tensor:
+def expected(
+    policy: Policy, nu: Params, states: Tensor, features: Features, nodes: Nodes, actions: Tensor | None = None
+) -> Tensor:
     """`E_{a ~ pi} phi(s, a)` `[N, q]`."""
+    if actions is not None:
+        return expected_features(policy, nu, states, features, actions)
     parts = [weight * features(states, act(policy, nu, states, node)) for node, weight in zip(*nodes, strict=True)]
     return torch.stack(parts).sum(0)
+
+
+def state_value(critic: ModelCritic, policy: Policy, nu: Params, states: Tensor) -> Tensor:
+    """`V(s) = E_{a ~ pi} Q(s, a)` `[N]`."""
+    return expected(policy, nu, states, critic.features, critic.nodes, critic.actions) @ critic.weights
 
 
 def by_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
@@ -256,25 +270,16 @@ def _ridged(sums: CriticSystem, ridge: float) -> CriticSystem:
     return replace(sums, gram=sums.gram + ridge * size * eye)
 
 
-def _price(
-    policy: Policy,
-    nu: Params,
-    weights: Tensor,
-    features: Features,
-    nodes: Nodes,
-    data: Simulated,
-    discount: float,
-    mode: Literal["score", "pathwise"],
-) -> Tensor:
+def _price(critic: ModelCritic, policy: Policy, nu: Params, discount: float) -> Tensor:
     """What the target's derivative needs of the value function: D `[N]`, or discount grad V at s' `[N, n]`."""
-    flat = data.transitions
-    if mode == "score":
-        return flat.rewards + (discount * data.following - data.phi) @ weights
+    data, flat = critic.data, critic.data.transitions
+    if critic.derivative == "score":
+        return flat.rewards + (discount * data.following - data.phi) @ critic.weights
 
     def slope(rows: slice) -> Tensor:
         states = flat.next_states[rows].clone().requires_grad_()
         with torch.enable_grad():
-            value = (expected(policy, nu, states, features, nodes) @ weights).sum()
+            value = state_value(critic, policy, nu, states).sum()
             return torch.autograd.grad(value, states)[0]
 
     return discount * by_rows(slope, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)

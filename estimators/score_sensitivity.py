@@ -21,7 +21,7 @@ Estimation, 2019; G. Farquhar et al., Loaded DiCE, 2019, equation 13 (difference
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from sim2real.estimators.critic import Features
 from sim2real.estimators.critic_gauss_newton import demand
 from sim2real.estimators.logged_policy_gradient import jackknife_stderr
-from sim2real.estimators.model_critic import ModelCritic, expected, log_density, model_critic
+from sim2real.estimators.model_critic import ModelCritic, log_density, model_critic, state_value
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params, check_same_keys, ravel, unravel
 from sim2real.policy import Policy
@@ -63,6 +63,7 @@ def score_sensitivity(
     variance: Variance = "critic",
     features: Features | None = None,
     critic: ModelCritic | None = None,
+    actions: Tensor | None = None,
     groups: int = 20,
     cotangent: Params | None = None,
     damping: float = 0.0,
@@ -71,7 +72,8 @@ def score_sensitivity(
 ) -> Sensitivity:
     """dnu*/dtheta from the rollouts of `noise`, each group of which is one graph (more groups: less memory).
 
-    `critic`: fitted already on rollouts of this policy (None: fitted here on those of `noise`, with `features`).
+    `critic`: fitted already on rollouts of this policy (None: fitted here on those of `noise`, with `features` and
+    `actions` as in `model_critic`; a discrete policy needs features of its own).
     `report.converged` asks for `-J_nunu + damping` positive definite by two standard errors of its lowest eigenvalue,
     and for a nu that is stationary: a Newton step beyond four standard errors of the gradient may change nu by at most
     `tolerance`, relative in the norm of -J_nunu. Where it is False this warns `UnconvergedWarning`, under `strict`
@@ -87,11 +89,9 @@ def score_sensitivity(
     nu64 = {key: value.detach().double() for key, value in nu.items()}
     fitted = critic
     if variance == "critic" and critic is None:
-        fitted = model_critic(mdp, policy, theta64, nu64, noise, features=features, derivative="score", groups=1)
-    size = noise.process.shape[0] // groups
-    blocks = [_block(noise, range(g * size, (g + 1) * size)) for g in range(groups)]
-    estimates = [_derivatives(mdp, policy, theta64, nu64, block, variance, fitted) for block in blocks]
-    parts = SecondOrder(*(torch.stack(part) for part in zip(*estimates, strict=True)))
+        options: dict[str, Any] = {"features": features, "actions": actions, "derivative": "score", "groups": 1}
+        fitted = model_critic(mdp, policy, theta64, nu64, noise, **options)
+    parts = second_order(mdp, policy, theta64, nu64, noise, variance=variance, critic=fitted, groups=groups)
     gradient, hessian, cross = (part.mean(0) for part in vars(parts).values())
     values, vectors = torch.linalg.eigh(-hessian)
     inverse = lambda b: vectors @ ((vectors.mT @ b) / (values + damping))
@@ -117,6 +117,25 @@ def score_sensitivity(
     return Sensitivity(vjp, jvp, report, info)
 
 
+def second_order(
+    mdp: ModelMDP,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    noise: Noise,
+    *,
+    variance: Variance,
+    critic: ModelCritic | None,
+    groups: int,
+) -> SecondOrder:
+    """grad_nu J, J_nunu and J_nutheta from each of `groups` equal blocks of the rollouts of `noise`."""
+    size = noise.process.shape[0] // groups
+    blocks = [slice(g * size, (g + 1) * size) for g in range(groups)]
+    noises = [Noise(noise.initial[rows], noise.process[rows], noise.policy[rows]) for rows in blocks]
+    estimates = [_derivatives(mdp, policy, theta, nu, block, variance, critic) for block in noises]
+    return SecondOrder(*(torch.stack(part) for part in zip(*estimates, strict=True)))
+
+
 def _check_sizes(noise: Noise, groups: int, theta: Params, nu: Params, variance: str) -> None:
     if variance not in ("plain", "baseline", "causal", "critic"):
         raise ValueError(f"variance must be 'plain', 'baseline', 'causal' or 'critic', got {variance!r}")
@@ -129,11 +148,6 @@ def _check_sizes(noise: Noise, groups: int, theta: Params, nu: Params, variance:
             f"{P} policy and {Q} model parameters in {groups} groups are too many for second-order scores, which need "
             "far more rollouts than parameters: use function_space_sensitivity, or fewer groups"
         )
-
-
-def _block(noise: Noise, rows: range) -> Noise:
-    part = slice(rows.start, rows.stop)
-    return Noise(noise.initial[part], noise.process[part], noise.policy[part])
 
 
 def _derivatives(
@@ -231,7 +245,7 @@ def _differences(
     """The martingale differences D of actions and of next states, discounted, `[B, T]` each."""
     batch, horizon = drawn.rewards.shape
     states, actions = drawn.states.flatten(0, 1), drawn.actions.flatten(0, 1)
-    value = expected(policy, nu, states, critic.features, critic.nodes) @ critic.weights
+    value = state_value(critic, policy, nu, states)
     if mdp.terminal is not None:
         value = value * ~mdp.terminal(theta, states)
     value = value.reshape(batch, horizon + 1)

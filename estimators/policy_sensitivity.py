@@ -63,12 +63,12 @@ def policy_sensitivity(
     mu the lowest Ritz value plus damping (an estimate: Ritz values bound the spectrum from inside). What J closes over
     gets no derivative: theta holds all that should.
 
-    `damping` has the units of H and must exceed `-report.negative_curvature`. "auto" takes it from a Lanczos probe of
-    40 products, 0 where -H is safely positive definite, and raises it where the first solve meets more negative
-    curvature (`estimators/damping.py`); `report.damping` and `report.status` say how much and why, and every product
-    uses it. A saddle is refused all the same. dnu*/dtheta of an over-parameterised network is not identifiable and
-    moves with the damping; its `action_sensitivity` hardly does. There a residual far below the bias of the damping is
-    wasted: bind `solve=partial(cg, tol=1e-3)`.
+    `damping` has the units of H and must exceed `-report.negative_curvature`. "auto" takes it from a Lanczos probe (10
+    to 40 products, more where those resolve too little): 0 where -H is positive definite; it is raised where the first
+    solve meets more negative curvature (`estimators/damping.py`). `report.damping` and `report.status` say how much and
+    why, every product uses it, and a saddle is refused all the same. dnu*/dtheta of an over-parameterised network is
+    not identifiable and moves with the damping; its `action_sensitivity` hardly does. There a residual far below the
+    bias of the damping is wasted: bind `solve=partial(cg, tol=1e-3)`.
 
     `derivative_order` is the one of the model behind J (`mdp.derivative_order`): 2 exact products; 1 central
     differences of exact gradients, whose relative error of about 1e-9 limits the residual a solve can reach; 0 raises

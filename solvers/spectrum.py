@@ -18,6 +18,7 @@ Symmetric Eigenvalue Problem, SIAM 1998, section 4.5; Kuczynski and Wozniakowski
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from sim2real.params import Params
 from sim2real.solvers.linear_system import FlatMatvec, Matvec, check_finite, flatten, negative
+
+Enough = Callable[[int, float, float, float], bool]
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,22 @@ def spectrum(
     *,
     steps: int = 40,
     starts: tuple[Params, ...] = (),
+    enough: Enough | None = None,
     generator: torch.Generator | None = None,
 ) -> Spectrum:
     """The ends of the spectrum of a symmetric A on `Params` shaped as `like` by at most `steps` + 2 products.
 
     Without `starts` the Krylov space is that of one random vector (of `generator`, by default a fixed one). Each of
     `starts`, such as a gradient, a right-hand side or the `direction` of a former call, gets an equal share of the
-    steps, the random vector last. Memory: `steps` vectors. Up to `steps` unknowns the answer is exact. Raises
-    `ValueError` for steps below the number of starts and as `cg` does.
+    steps, the random vector last. Up to `steps` unknowns the answer is exact. `enough(steps, lowest, its residual,
+    largest)`, asked after every tenth step from the random vector, ends the probe early. Memory: `steps` vectors.
+    Raises `ValueError` for steps below the number of starts and as `cg` does.
     """
     if steps <= len(starts):
         raise ValueError(f"steps must exceed the number of starts ({len(starts)}), got {steps}")
     apply, reference, restore = flatten(matvec, like, 0)
     given = [flatten(matvec, {key: start[key] for key in like}, 0)[1] for start in starts]
-    basis, projected, exhausted, random_steps = _krylov(apply, reference, given, steps, generator)
+    basis, projected, exhausted, random_steps = _krylov(apply, reference, given, steps, enough, generator)
     values, coordinates = torch.linalg.eigh(projected)
     ends = [coordinates[:, index] @ basis for index in (0, -1)]
     products = [apply(u[None])[0] - value * u for u, value in zip(ends, (values[0], values[-1]), strict=True)]
@@ -88,7 +93,12 @@ def spectrum(
 
 
 def _krylov(
-    apply: FlatMatvec, reference: Tensor, given: list[Tensor], steps: int, generator: torch.Generator | None
+    apply: FlatMatvec,
+    reference: Tensor,
+    given: list[Tensor],
+    steps: int,
+    enough: Enough | None,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, bool, int]:
     """An orthonormal basis `[k, P]`, `V A V'` on it, whether nothing is left, and the steps from the random start."""
     size = reference.numel()
@@ -109,6 +119,11 @@ def _krylov(
             invariant = float(rest.norm()) <= 1e3 * torch.finfo(rest.dtype).eps * scale
             if invariant or count == end:
                 break
+            if enough is not None and number == len(given) and count > before and (count - before) % 10 == 0:
+                values, coordinates = torch.linalg.eigh(projected[:count, :count])
+                width = float(rest.norm() * coordinates[-1, 0].abs())
+                if enough(count, float(values[0]), width, float(values[-1])):
+                    break
             basis[count] = rest / rest.norm()
             rest = apply(basis[count][None])[0]
             check_finite(rest, count + 1, "Lanczos")

@@ -5,6 +5,7 @@ the critic is exact; with exact in-sim action values the formula must then hold 
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -275,6 +276,44 @@ def test_lqr_formula_is_exact_and_rollouts_come_close() -> None:
     for key, value in wanted.items():
         # in-sim noise of 280 rollouts, a few per cent; a wrong derivative (no entropy, no envelope) is off by 20 %
         torch.testing.assert_close(sampled.grad[key], value, rtol=0.0, atol=0.08 * float(value.norm()))
+
+
+def lqr_value(nu: Params, state: Tensor) -> Tensor:
+    """V up to a constant: -(s'P s)."""
+    P = soft_lqr(MODEL["A"], MODEL["B"], COST, PRICE, discount=SIM, temperature=LAMBDA).cost_matrix
+    return -((state @ P) * state).sum(-1)
+
+
+def test_known_values_cut_the_chain_at_every_step() -> None:
+    # d(r + gamma V(s')) at fixed (s, a), summed over an in-sim rollout, must give dQ as the whole path does
+    mdp, policy, nu = lqr_model(), linear_noise_policy(1), soft(MODEL)
+    noise = sample_noise(mdp, policy, 4000, 80, seeded(25))
+    gradients = []
+    for value in (None, lqr_value):
+        theta = {key: item.clone().requires_grad_() for key, item in MODEL.items()}
+        pair = (stack([0.5, -1.0]).expand(4000, 2), stack([0.7]).expand(4000, 1))
+        q = soft_action_value(mdp, policy, theta, nu, noise, *pair, temperature=LAMBDA, soft_value=value)
+        gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(q.mean(), list(theta.values()))]))
+    # the same 4000 draws of the policy's noise, a few per cent each; 0.9^80 is 2e-4
+    assert float((gradients[0] - gradients[1]).norm()) < 0.03 * float(gradients[0].norm())
+
+
+def test_nothing_is_worth_anything_after_a_terminal_state() -> None:
+    policy, nu = linear_noise_policy(1), soft(MODEL)
+    whole = lqr_model()
+    mdp = replace(whole, terminal=lambda theta, state: state[:, 0] > 0)
+    noise = sample_noise(mdp, policy, 1, 5, seeded(26))
+    states, action = stack([1.0, 0.0], [-9.0, 0.0], [-0.1, 1.0]), stack([0.5], [0.5], [0.5])
+    theta = {key: item.clone().requires_grad_() for key, item in MODEL.items()}
+    options = {"temperature": LAMBDA}
+    q = soft_action_value(mdp, policy, theta, nu, noise, states, action, **options)
+    free = soft_action_value(whole, policy, MODEL, nu, noise, states, action, **options)
+    one = -states.square().sum(-1) - 0.5 * action.square().sum(-1)
+    torch.testing.assert_close(q, torch.stack([torch.zeros(()).double(), free[1], one[2]]))
+    known = soft_action_value(mdp, policy, theta, nu, noise, states, action, soft_value=lqr_value, **options)
+    torch.testing.assert_close(known[[0, 2]], q[[0, 2]])
+    assert not bool(torch.autograd.grad(q[0] + q[2] + known[0] + known[2], theta["A"])[0].any())
+    assert float(soft_return(mdp, policy, MODEL, nu, noise, temperature=0.0)) <= 0.0
 
 
 def test_with_exact_values_both_routes_are_one_number_on_any_log() -> None:

@@ -18,8 +18,9 @@ from sim2real.estimators.logged_policy_gradient import jackknife_stderr
 from sim2real.estimators.transitions import Transitions, merge_transitions
 from sim2real.params import Params
 from sim2real.solve_report import UnconvergedError
-from sim2real.trust_region import bfgs_update, next_radius, predicted_gain, trust_region_step
-from sim2real.tune_state import Point, Search, Space, TuneSettings, moved, room
+from sim2real.trust_region import bfgs_update, next_radius, predicted_gain
+from sim2real.tune_constraints import correction, feasible, inside, merit, next_step, unheld, violated, violation
+from sim2real.tune_state import Point, Search, Space, TuneSettings, moved
 
 UNUSABLE = (ValueError, UnconvergedError, torch.linalg.LinAlgError)
 """what says that a theta has no optimum, no sensitivity or no critic"""
@@ -105,28 +106,44 @@ def advance(
 def _candidate(search: Search, space: Space, evaluate: Evaluate) -> tuple[Search, Trial]:
     """The model's best step, evaluated on the data already there; the search learns the curvature along it."""
     anchor, total = search.anchor, search.curvature + search.anchor.curvature
-    low, high = room(space, anchor.theta)
-    step = trust_region_step(anchor.gradient, total, search.radius, low, high)
+    step, multipliers = next_step(anchor, total, search.radius, space)
+    search, point = _tried(search, step, multipliers, space, evaluate)
+    missed = correction(anchor, point, step)
+    if missed is not None:
+        again, multipliers = next_step(anchor, total, search.radius, space, missed)
+        search, second = _tried(search, again, multipliers, space, evaluate)
+        if _improves(second, anchor):
+            point, step = second, again
+    return search, Trial(point, step, predicted_gain(anchor.gradient, total, step))
+
+
+def _tried(search: Search, step: Tensor, multipliers: Tensor, space: Space, evaluate: Evaluate) -> tuple[Search, Point]:
+    """The point after a step; a note when it is refused, else the curvature of the Lagrangian along the step."""
+    anchor, iteration = search.anchor, search.iteration + 1
     theta = moved(space, anchor.theta, step)
     try:
         point = evaluate(theta, anchor.nu, search.data, lambda point: _improves(point, anchor))
     except UNUSABLE as problem:  # no optimum or no critic at this theta
-        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem), warned=())
-        point = replace(point, info={key: value for key, value in point.info.items() if key not in CERTIFICATE})
-    trial, iteration = Trial(point, step, predicted_gain(anchor.gradient, total, step)), search.iteration + 1
+        info = {key: value for key, value in anchor.info.items() if key not in CERTIFICATE}
+        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem), info=info, warned=())
     search = replace(search, notes=(*search.notes, *_warned(point, iteration)))
+    reason = point.reason
+    if point.trusted and feasible(anchor) and (broken := violated(point)):
+        reason = f"it violates {broken}"
+    if reason:
+        search = replace(search, notes=(*search.notes, f"iteration {iteration}: refused a candidate: {reason}"))
     if not point.trusted:
-        note = f"iteration {iteration}: refused a candidate: {point.reason}"
-        return replace(search, notes=(*search.notes, note)), trial
+        return search, point
     fall = (anchor.gradient - anchor.curvature @ step) - point.gradient
-    return replace(search, curvature=bfgs_update(search.curvature, step, fall)), trial
+    fall = fall + (anchor.slopes - point.slopes).T @ multipliers
+    return replace(search, curvature=bfgs_update(search.curvature, step, fall)), point
 
 
 def _tempered(search: Search, trial: Trial, space: Space, evaluate: Evaluate) -> tuple[Search, Trial]:
     """A first step without any curvature has the length of the radius, however small the gradient. Where the curvature
     it taught makes the step clearly shorter (a fifth: less costs 6 % of a quadratic gain), the better one is run."""
     total = search.curvature + search.anchor.curvature
-    shorter = trust_region_step(search.anchor.gradient, total, search.radius, *room(space, search.anchor.theta))
+    shorter, _ = next_step(search.anchor, total, search.radius, space)
     if not trial.point.trusted or float(shorter.norm()) >= 0.8 * float(trial.step.norm()):
         return search, trial
     again, second = _candidate(search, space, evaluate)
@@ -150,11 +167,16 @@ def _warned(point: Point, iteration: int) -> tuple[str, ...]:
 
 
 def _improves(point: Point, anchor: Point) -> bool:
-    """A higher value; where the change drowns in rounding, a smaller gradient."""
+    """A higher value, constraints first; where the change drowns in rounding, a smaller gradient."""
     if not (point.trusted and anchor.trusted):
         return point.trusted
+    if not feasible(anchor):
+        return violation(point.margins, anchor.slopes) < violation(anchor.margins, anchor.slopes)
+    if not feasible(point):
+        return False
     if abs(point.value - anchor.value) <= 1e-14 * abs(anchor.value):
-        return float(point.gradient.norm()) < float(anchor.gradient.norm())
+        free = torch.ones_like(anchor.gradient, dtype=torch.bool)
+        return float(unheld(point, free).norm()) < float(unheld(anchor, free).norm())
     return point.value > anchor.value
 
 
@@ -166,14 +188,16 @@ def _decided(
     fell = _fell(measured, search.measured, settings.confidence)
     accepted = _improves(point, anchor) and not fell
     worthless = fell or not point.trusted
-    gain, length = -math.inf if worthless else point.value - anchor.value, float(trial.step.norm())
-    radius = next_radius(search.radius, length, gain, trial.predicted, settings.max_radius)
+    worthless = worthless or (feasible(anchor) and not feasible(point))
+    gained, promised = merit(point, anchor, trial.step, trial.predicted)
+    gain, length = -math.inf if worthless else gained, float(trial.step.norm())
+    radius = next_radius(search.radius, length, gain, promised, settings.max_radius)
     row = _row(replace(search, iteration=iteration), space, point, measured)
     row |= {"accepted": float(accepted), "predicted_gain": trial.predicted, "step_norm": length}
     if point.trusted:
         row |= {"gain": point.value - anchor.value, "gain_stderr": _paired_stderr(point, anchor)}
     notes = search.notes
-    if point.trusted and not accepted:
+    if point.trusted and not accepted and (fell or feasible(point)):
         cause = "the recorded returns fell by more than their confidence"
         cause = cause if fell else f"the return changed by {gain:.4g}"
         notes = (*notes, f"iteration {iteration}: step undone: {cause}")
@@ -212,22 +236,16 @@ def _row(search: Search, space: Space, point: Point, measured: tuple[float, floa
     """What the history says of one point, at the radius it was sought with."""
     row = {"iteration": float(search.iteration), "converged": float(point.trusted), "radius": search.radius}
     row |= {key: value for key, value in point.info.items() if key != "value_stderr"}
-    row["gradient_norm"] = float(_inside(search, space).norm())
+    row["gradient_norm"] = float(inside(search.anchor, space).norm())
     if measured is not None:
         row |= {"measured_return": measured[0], "measured_stderr": measured[1]}
     return row | {f"theta.{key}": float(point.theta[key]) for key in space.keys if point.theta[key].numel() == 1}
 
 
-def _inside(search: Search, space: Space) -> Tensor:
-    """The anchor's gradient without the parts that push against the box."""
-    gradient, (low, high) = search.anchor.gradient, room(space, search.anchor.theta)
-    return gradient * ~(((low >= 0) & (gradient < 0)) | ((high <= 0) & (gradient > 0)))
-
-
 def _ended(search: Search, settings: TuneSettings, space: Space) -> Search:
     """The search with the reason why it is over, when it is."""
-    slope, allowed = float(_inside(search, space).norm()), settings.gradient_tol * abs(search.anchor.value)
-    if search.anchor.trusted and slope <= allowed:
+    slope, allowed = float(inside(search.anchor, space).norm()), settings.gradient_tol * abs(search.anchor.value)
+    if search.anchor.trusted and feasible(search.anchor) and slope <= allowed:
         finished = f"converged: the scaled gradient is {slope:.1e}, below {allowed:.1e}"
     elif search.radius < settings.min_radius:
         finished = f"stopped: no gain within a radius of {search.radius:.1e} in scaled units"

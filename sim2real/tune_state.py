@@ -37,6 +37,8 @@ class TuneSettings:
     """with a likelihood: in the end move theta, where the policy does not change, to the likeliest such model"""
     freedom_tol: float = 1e-6
     """largest fall of the real return, relative to `|J_real|`, that this may cost"""
+    trade_off: int = 0
+    """with a likelihood: weights of the curve of real return against likelihood, each a search on the data at hand"""
     certify: bool = True
     """refuse a candidate whose gradient is not certified: the error known to be below `error_tol` of its norm"""
     error_tol: float = 0.05
@@ -56,6 +58,7 @@ class TuneSettings:
                 ("likelihood_weight", ">= 0 and finite", 0 <= self.likelihood_weight < float("inf")),
                 ("error_tol", "> 0 and finite", 0 < self.error_tol < float("inf")),
                 ("audit", ">= 0", self.audit >= 0),
+                ("trade_off", ">= 0", self.trade_off >= 0),
                 ("freedom_tol", ">= 0 and finite", 0 <= self.freedom_tol < float("inf")),
             )
             if not holds
@@ -90,6 +93,10 @@ class Point:
     reason: str
     """why not, when not trusted"""
     info: dict[str, float]
+    margins: Tensor
+    """`[C]` of the constraints: >= 0 where they hold"""
+    slopes: Tensor
+    """`[C, d]` their gradients in x"""
     warned: tuple[str, ...] = ()
     """what was not solved to its tolerance on the way here"""
 
@@ -183,6 +190,7 @@ def snapshot(search: Search, generator: torch.Generator | None) -> Params:
     state = {f"theta.{key}": value for key, value in anchor.theta.items()}
     state |= {f"nu.{key}": value for key, value in anchor.nu.items()}
     tensors = {"gradient": anchor.gradient, "known_curvature": anchor.curvature, "replicates": anchor.replicates}
+    tensors |= {"margins": anchor.margins, "slopes": anchor.slopes}
     state |= tensors | {"curvature": search.curvature}
     if search.data is not None:
         state |= {f"data.{key}": value for key, value in vars(search.data).items()}
@@ -203,7 +211,7 @@ def snapshot(search: Search, generator: torch.Generator | None) -> Params:
 
 def restore(state: Params, generator: torch.Generator | None) -> Search:
     """The search of a snapshot; sets `generator` as it was. Raises `ValueError` when the snapshot does not fit."""
-    missing = {"record", "gradient", "known_curvature", "replicates", "curvature"} - state.keys()
+    missing = {"record", "gradient", "known_curvature", "replicates", "curvature", "margins"} - state.keys()
     if missing or (generator is not None) != ("generator" in state):
         what = f"lacks {sorted(missing)}" if missing else "and the generator passed do not go together"
         raise ValueError(f"the state {what}; pass a state that tune handed out, and a generator as in that run")
@@ -226,6 +234,8 @@ def restore(state: Params, generator: torch.Generator | None) -> Search:
         trusted=anchor["trusted"],
         reason=anchor["reason"],
         info=anchor["info"],
+        margins=state["margins"],
+        slopes=state["slopes"],
     )
     return Search(
         iteration=record["iteration"],

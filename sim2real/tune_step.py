@@ -85,7 +85,7 @@ def tune_step(
     `certify`, bounds the error of the gradient. `report.converged` tells whether the gradient can be trusted; where it
     cannot, the sensitivity warns `UnconvergedWarning`, or raises `UnconvergedError` when bound with `strict=True`.
     """
-    J = objective if objective is not None else sampled_return(mdp, policy, noise)
+    J = in_sim_return(mdp, policy, noise, objective, optimum)
     best = in_sim_optimum(J, theta, nu, optimum)
     if hypergradient is not None:
         task = {"real_reward": real_reward, "real_discount": real_discount}
@@ -141,11 +141,25 @@ def _doubt(real: Estimate) -> str:
     return ""
 
 
-def sampled_return(mdp: ModelMDP, policy: Policy, noise: Noise | None) -> Objective:
-    """The in-sim return on fixed noise. Raises `ValueError` without noise."""
-    if noise is None:
+def in_sim_return(
+    mdp: ModelMDP, policy: Policy, noise: Noise | None, objective: Objective | None, optimum: Trainer | None
+) -> Objective:
+    """The objective, or the in-sim return on fixed noise.
+
+    With neither, but an `optimum`, the policy is a formula of theta: a function that raises `ValueError` when something
+    asks for a return after all. Raises `ValueError` when there is no `optimum` either.
+    """
+    if objective is not None:
+        return objective
+    if noise is not None:
+        return lambda theta, nu: expected_return(mdp, policy, theta, nu, noise)
+    if optimum is None:
         raise ValueError("pass noise (sample_noise) for the in-sim return, or an objective(theta, nu)")
-    return lambda theta, nu: expected_return(mdp, policy, theta, nu, noise)
+
+    def missing(theta: Params, nu: Params) -> Tensor:
+        raise ValueError("there is no in-sim return: pass noise or an objective, or a sensitivity that needs none")
+
+    return missing
 
 
 def in_sim_optimum(J: Objective, theta: Params, nu: Params, optimum: Trainer | None) -> Params:

@@ -10,49 +10,51 @@ gradient is certified. What the real return leaves open in theta goes to the lik
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sim2real.bounds import Box
-from sim2real.estimators.certificate import Certificate, certify
+from sim2real.calibration import Calibration
+from sim2real.estimators.certificate import certify
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.transitions import RealReward, Transitions, transitions
 from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, Noise
-from sim2real.null_space import EqualPolicies, Freedom, likeliest_equal_policy
-from sim2real.params import Estimate, Params, check_same_keys, ravel, unravel
+from sim2real.null_space import Freedom
+from sim2real.params import Estimate, Params, check_same_keys
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout
-from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedWarning
+from sim2real.solve_report import Sensitivity, SolveReport
+from sim2real.tune_finish import TradeOff, trade_off, use_freedom
 from sim2real.tune_search import UNUSABLE, Gather, advance, begin, measured_return
-from sim2real.tune_state import (
-    Likelihood,
-    Point,
-    Search,
-    Space,
-    TuneSettings,
-    log_likelihood,
-    restore,
-    snapshot,
-    tuning_space,
-)
+from sim2real.tune_state import Likelihood, Point, Search, TuneSettings, restore, snapshot, tuning_space
 from sim2real.tune_step import (
     Certify,
     Objective,
     Trainer,
     TuneStep,
-    certified_step,
     in_sim_optimum,
-    sampled_return,
+    in_sim_return,
     tune_step,
 )
+from sim2real.tune_task import Limit, Task, certificate_of, evaluated, uncertified
+
+__all__ = [
+    "Collect",
+    "RealReward",
+    "TradeOff",
+    "TuneResult",
+    "TuneSettings",
+    "TuneStep",
+    "tune",
+    "tune_step",
+]
 
 Collect = Callable[[Policy, Params, int, torch.Generator], Rollout | RolloutLog | Transitions | None]
 """policy, nu, iteration, generator -> real rollouts of that policy (exploration included); None: not there yet"""
@@ -68,9 +70,9 @@ class TuneResult:
     """per iteration, of the values tried: "iteration", "accepted", "converged", "real_return", "real_return_stderr",
     "gain", "gain_stderr" (against the best so far, on the same data), "predicted_gain", "measured_return",
     "measured_stderr" (of the rollouts just recorded), "radius", "step_norm", "gradient_norm" (where the step began,
-    scaled, free of the box), "stationarity", "residual", "certified" (1 or 0), "error_bound", "audit_error", "refused"
-    (candidates), "effective_sample_size", "bellman_radius", "transitions", and "theta.NAME" for scalar parameters;
-    absent where they do not apply"""
+    scaled, free of the box), "stationarity", "residual", "certified" (1 or 0), "error_bound", "audit_error",
+    "margin.NAME" (of a constraint), "effective_sample_size", "bellman_radius", "transitions", and "theta.NAME" for
+    scalar parameters; absent where they do not apply"""
     report: SolveReport
     notes: tuple[str, ...]
     """one sentence per refused or undone step, and why the search ended"""
@@ -81,24 +83,10 @@ class TuneResult:
     """exact snapshot: handing it back as `state` continues bitwise as if nothing had stopped"""
     freedom: Freedom | None = None
     """the last move of theta, to the likeliest model of the same policy; None where there was no likelihood"""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What does not change during a run."""
-
-    chain: Callable[..., TuneStep]
-    """theta, nu, log"""
-    certificate: Callable[..., Certificate] | None
-    """theta, nu, sensitivity, cotangent"""
-    optimum: Trainer
-    sensitivity: Callable[..., Sensitivity]
-    """theta, nu, cotangent"""
-    real: Callable[..., Estimate]
-    """nu, log"""
-    space: Space
-    likelihood: Likelihood | None
-    settings: TuneSettings
+    trade_off: tuple[TradeOff, ...] = ()
+    """real return against log-likelihood, from the tuned theta to the start, with `settings.trade_off`"""
+    calibration: tuple[Calibration, Calibration] | None = None
+    """predictive calibration at the start and at the tuned theta, with `calibration`"""
 
 
 def tune(
@@ -124,6 +112,8 @@ def tune(
     sensitivity: Callable[..., Sensitivity] = policy_sensitivity,
     hypergradient: Callable[..., Estimate] | None = None,
     certificate: Certify | None = certify,
+    constraints: Mapping[str, Limit] = MappingProxyType({}),
+    calibration: Callable[[Params], Calibration] | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[Params], None] | None = None,
     state: Params | None = None,
@@ -138,16 +128,24 @@ def tune(
     terminate, because a recording cannot tell an end from a time limit. `certificate`: as `certify`, called with `tol`,
     `scale` and `directions` besides; None: none. The rest as in `tune_step`. A candidate whose optimum, solve, critic
     or certificate cannot be trusted is refused, with a note; a start whose gradient is not certified ends the run.
+    `constraints`: name -> function (nu, real transitions) -> `Margin`, such as
+    `lambda nu, data: constraint_gradient(limit, policy, nu, data)`; candidates that violate one are refused, and a
+    start that does is led back first. `calibration(theta)`, such as `partial(calibrate, mdp, log, reference=theta)`, is
+    taken before and after. A policy that is a formula of theta rather than an optimum (MPC) takes
+    `optimum=lambda theta, nu0: f(theta)`, `sensitivity=partial(explicit_sensitivity, optimum=f)` and neither noise nor
+    objective.
     `on_step(state)` is called after every iteration; passing that `state` back continues bitwise.
     Raises `ValueError` when the start itself cannot be evaluated, data are missing or `state` is none of `tune`'s, and
     `KeyError` when it is one of another theta.
     """
     options = settings if settings is not None else TuneSettings()
     space = tuning_space(theta, box if box is not None else mdp.box, free, scale)
-    J = objective if objective is not None else sampled_return(mdp, policy, noise)
+    J = in_sim_return(mdp, policy, noise, objective, optimum)
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
     damped = partial(sensitivity, damping=options.damping) if options.damping else sensitivity
-    task = _Task(
+    judged = J if objective is not None or noise is not None else None
+    judge = certificate if hypergradient is None else None
+    task = Task(
         chain=partial(
             tune_step,
             mdp,
@@ -161,16 +159,18 @@ def tune(
             sensitivity=damped,
             hypergradient=hypergradient,
         ),
-        certificate=_certificate(mdp, J, optimum, certificate if hypergradient is None else None, space, options),
+        certificate=certificate_of(judge, judged, optimum, mdp.derivative_order, space, options),
         optimum=partial(in_sim_optimum, J, optimum=optimum),
         sensitivity=partial(damped, J, derivative_order=mdp.derivative_order),
         real=partial(gradient, policy, real_reward=real_reward, real_discount=real_discount),
         space=space,
         likelihood=likelihood,
         settings=options,
+        constraints=constraints,
     )
-    evaluate = partial(_evaluated, task)
+    evaluate = partial(evaluated, task)
     source = _source(collect, policy, rng, real_reward, real_discount, terminal)
+    before = None if calibration is None else calibration(theta)
     if state:
         search = restore(state, rng)
         check_same_keys(theta, search.anchor.theta, "the theta of the state")
@@ -180,19 +180,43 @@ def tune(
         begun = begin(theta, first, known, options, space, evaluate, source)
         if begun is None:
             return TuneResult(theta, first, (), _report(None), (), waiting=True, state={})
-        search = replace(begun, notes=(*begun.notes, *_uncertified(task, mdp, hypergradient is not None)))
+        search = replace(begun, notes=(*begun.notes, *uncertified(task, mdp, direct=hypergradient is not None)))
         if on_step is not None:
             on_step(snapshot(search, rng))
     search, wanted, saved = _run(search, lambda s: advance(s, options, space, evaluate, source), rng, on_step)
     point = search.anchor if wanted is None else wanted
     notes, waiting = search.notes, wanted is not None
     result = TuneResult(point.theta, point.nu, search.history, _report(search), notes, waiting=waiting, state=saved)
-    if waiting or likelihood is None or not options.use_freedom:
+    if waiting:
         return result
-    if hypergradient is not None:
-        note = "the freedom of equal policies was not used: a hypergradient does not give dnu*/dtheta"
-        return replace(result, notes=(*notes, note))
-    return _freed(result, task, search, likelihood)
+    if likelihood is not None:
+        result = _likelier(result, task, search, theta, direct=hypergradient is not None)
+    return result if calibration is None or before is None else _calibrated(result, calibration, before)
+
+
+def _likelier(result: TuneResult, task: Task, search: Search, start: Params, *, direct: bool) -> TuneResult:
+    """`result` at the likeliest theta of the same policy, with the trade-off curve, as far as they are wanted."""
+    assert task.likelihood is not None
+    free, notes = None, result.notes
+    if task.settings.use_freedom and direct:
+        notes = (*notes, "the freedom of equal policies was not used: a hypergradient does not give dnu*/dtheta")
+    elif task.settings.use_freedom:
+        free, note = use_freedom(task, search, task.likelihood)
+        notes = (*notes, note)
+        if free is not None:
+            result = replace(result, theta=free.theta, nu=free.nu, freedom=free)
+    if task.settings.trade_off:
+        curve, told = trade_off(task, search, task.likelihood, start, free)
+        result, notes = replace(result, trade_off=curve), (*notes, *told)
+    return replace(result, notes=notes)
+
+
+def _calibrated(result: TuneResult, calibration: Callable[[Params], Calibration], before: Calibration) -> TuneResult:
+    try:
+        after = calibration(result.theta)
+    except UNUSABLE as cause:
+        return replace(result, notes=(*result.notes, f"the tuned theta has no calibration: {cause}"))
+    return replace(result, calibration=(before, after))
 
 
 def _source(
@@ -235,111 +259,6 @@ def _run(
         if on_step is not None:
             on_step(saved)
     return search, None, saved
-
-
-def _evaluated(
-    task: _Task, theta: Params, nu: Params, data: Transitions | None, worth: Callable[[Point], bool]
-) -> Point:
-    """The chain at theta as a point of the search; certified where `worth` the cost says so."""
-    with _unconverged() as heard:
-        step = task.chain(theta=theta, nu=nu, log=data)
-        point = _point(step, theta, task)
-        if task.certificate is not None and step.sensitivity is not None and point.trusted and worth(point):
-            found = task.certificate(theta, step.nu, step.sensitivity, step.grad_nu)
-            point = _point(certified_step(step, found), theta, task)
-    return replace(point, warned=tuple(dict.fromkeys(heard)))
-
-
-def _certificate(
-    mdp: ModelMDP,
-    J: Objective,
-    optimum: Trainer | None,
-    certificate: Certify | None,
-    space: Space,
-    settings: TuneSettings,
-) -> Callable[..., Certificate] | None:
-    """The certificate of the free parameters, bound to the problem; None where it is unwanted or cannot be had."""
-    unable = mdp.derivative_order == 0 and (optimum is None or settings.audit == 0)
-    if certificate is None or not settings.certify or unable:
-        return None
-
-    def bound(theta: Params, nu: Params, sensitivity: Sensitivity, cotangent: Params) -> Certificate:
-        free = unravel(space.scale, {key: theta[key] for key in space.keys})
-        return certificate(
-            J,
-            theta,
-            nu,
-            sensitivity,
-            cotangent,
-            tol=settings.error_tol,
-            scale={key: free.get(key, torch.zeros_like(value)) for key, value in theta.items()},
-            optimum=optimum,
-            directions=settings.audit,
-            derivative_order=mdp.derivative_order,
-        )
-
-    return bound
-
-
-def _uncertified(task: _Task, mdp: ModelMDP, direct: bool) -> tuple[str, ...]:
-    """A note on why nothing is certified although it was asked for."""
-    if task.certificate is not None or not task.settings.certify:
-        return ()
-    cause = "a hypergradient has no linear solve to judge" if direct else "no certificate was given"
-    if not direct and mdp.derivative_order == 0:
-        cause = "the simulator has no derivatives; with an optimum, audit > 0 judges by solving anew"
-    return (f"no gradient was certified: {cause}",)
-
-
-@contextmanager
-def _unconverged() -> Iterator[list[str]]:
-    """Collects the texts of `UnconvergedWarning`: they become notes. Other warnings pass."""
-    heard: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UnconvergedWarning)
-        yield heard
-    heard.extend(str(item.message) for item in caught if issubclass(item.category, UnconvergedWarning))
-    for item in caught:
-        if not issubclass(item.category, UnconvergedWarning):
-            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-
-
-def _point(step: TuneStep, theta: Params, task: _Task) -> Point:
-    """A `TuneStep` as value, gradient and known curvature in the scaled free parameters, the likelihood included."""
-    space, weight = task.space, task.settings.likelihood_weight
-    gradient = ravel({key: step.grad[key] for key in space.keys}).double() * space.scale
-    value, curvature = float(step.info["real_return"]), torch.diag(torch.zeros_like(gradient))
-    if task.likelihood is not None and weight > 0:
-        fit, slope, precision = log_likelihood(task.likelihood, space, theta)
-        value, gradient, curvature = value + weight * fit, gradient + weight * slope, weight * precision
-    finite = math.isfinite(value) and bool(torch.isfinite(gradient).all())
-    trusted = step.report.converged and finite
-    reason = "" if trusted else (step.report.status if finite else "the real return or its gradient is not finite")
-    replicates = step.info.get("value_replicates", gradient.new_zeros(0))
-    info = {key: float(item) for key, item in step.info.items() if item.numel() == 1}
-    return Point(theta, step.nu, value, gradient, curvature, replicates, trusted, reason, info)
-
-
-def _freed(result: TuneResult, task: _Task, search: Search, likelihood: Likelihood) -> TuneResult:
-    """`result` at the likeliest theta of the same policy, with a note; as it was where that cannot be found."""
-    problem = EqualPolicies(
-        task.space,
-        log_likelihood=partial(log_likelihood, likelihood, task.space),
-        optimum=task.optimum,
-        sensitivity=lambda theta, nu: task.sensitivity(theta, nu, cotangent=task.real(nu, search.data).grad),
-        real_return=lambda nu: float(task.real(nu, search.data).value),
-    )
-    try:
-        with _unconverged():
-            free = likeliest_equal_policy(problem, result.theta, result.nu, return_tol=task.settings.freedom_tol)
-    except UNUSABLE as cause:
-        return replace(result, notes=(*result.notes, f"the freedom of equal policies was not used: {cause}"))
-    (before, after), (first, last) = free.log_likelihood, free.real_return
-    note = (
-        f"{free.dimension} directions of theta leave the policy as it is: moved there, log-likelihood {before:.4g} -> "
-        f"{after:.4g} nat, real return {first:.6g} -> {last:.6g} ({free.status})"
-    )
-    return replace(result, theta=free.theta, nu=free.nu, notes=(*result.notes, note), freedom=free)
 
 
 def _report(search: Search | None) -> SolveReport:

@@ -189,6 +189,7 @@ class TuneOptions:
     likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
     use_freedom: bool = key(True, "", "after a fit: in the end move theta, where the policy stays the same, to the fit")
     freedom_tol: float = key(1e-6, "1", "largest fall of the real return this may cost, relative to |J_real|")
+    trade_off: int = key(0, "", "after a fit: points of the curve of real return against likelihood, such as 5")
     certify: bool = key(True, "", "refuse parameters at which the gradient is not certified")
     error_tol: float = key(0.05, "1", "largest error of a certified gradient, relative to its norm")
     audit: int = key(0, "", "directions along which a certificate trains the policy anew, four times each; 0: none")

@@ -14,6 +14,7 @@ EXAMPLES = {
     "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),
+    "tune_cstr.py": (("--quick", "--plot", "figure.png"), "paired gain over 20 episodes", ()),
     "tune_mujoco_cartpole.py": (("--quick", "--plot", "figure.png"), "paired gain over 8 starts", ("mujoco",)),
 }
 

@@ -31,6 +31,7 @@ from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
+from sim2real.solvers.smooth_qp import smooth_qp
 from sim2real.solvers.soft_lqr import SoftLQR, linear_noise_policy, soft_lqr
 from sim2real.solvers.spectrum import Spectrum, spectrum
 
@@ -85,6 +86,7 @@ __all__ = [
     "riccati_residual",
     "root_jvp",
     "root_vjp",
+    "smooth_qp",
     "soft_lqr",
     "spectrum",
     "state_transition",

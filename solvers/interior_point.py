@@ -107,16 +107,17 @@ def residual(program: Program, point: Point) -> tuple[Tensor, Tensor]:
 
 def interior_point(program: Program, *, max_steps: int, tol: float = 1e-9) -> Point:
     """Iterates until the residual is below tol, rounding stops them, or `max_steps` are taken; see `residual`."""
-    point = _first(program)
+    point = first_point(program)
     todo = torch.arange(program.g.shape[0], device=program.g.device)
     best, error = point, residual(program, point)[0]
+    none = torch.zeros_like(error).unsqueeze(-1)
     for _ in range(max_steps):
         late = error[todo] > tol
         todo = todo[late]
         if len(todo) == 0:
             break
         part = rows(program, todo)
-        moved = _step(part, Point(*(value[todo] for value in point)))
+        moved = central_path_step(part, Point(*(value[todo] for value in point)), none[todo])
         found = residual(part, moved)[0]
         alive = torch.isfinite(found)
         todo, moved, found = todo[alive], Point(*(value[alive] for value in moved)), found[alive]
@@ -128,7 +129,7 @@ def interior_point(program: Program, *, max_steps: int, tol: float = 1e-9) -> Po
     return best
 
 
-def _first(program: Program) -> Point:
+def first_point(program: Program) -> Point:
     """The least-squares start of Mehrotra and of CVXOPT (Vandenberghe 2010, section 5.3)."""
     H, g, A, b, G, h = program
     x, y = _kkt(H + G.mT @ G, A)(-g + apply(G.mT, h), b)
@@ -160,8 +161,8 @@ def _kkt(M: Tensor, A: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     return solve
 
 
-def _step(program: Program, point: Point) -> Point:
-    """Predictor and corrector with one factorisation."""
+def central_path_step(program: Program, point: Point, target: Tensor) -> Point:
+    """Newton towards `s_i z_i = target` `[B, 1]`; far above it, predictor and corrector with one factorisation."""
     H, g, A, b, G, h = program
     x, y, z, s = point
     dual = apply(H, x) + g + apply(A.mT, y) + apply(G.mT, z)
@@ -179,8 +180,9 @@ def _step(program: Program, point: Point) -> Point:
     ahead = direction(s * z)
     length = _length(point, ahead)
     reached = ((s + length * ahead.s) * (z + length * ahead.z)).mean(-1, keepdim=True)
-    centred = (reached / mean) ** 3 * mean
-    chosen = direction(s * z + ahead.s * ahead.z - centred)
+    centred = torch.maximum((reached / mean) ** 3 * mean, target)
+    near = mean < 10 * target
+    chosen = direction(torch.where(near, s * z - target, s * z + ahead.s * ahead.z - centred))
     length = (0.995 * _length(point, chosen)).clamp_max(1.0)
     return Point(*(old + length * change for old, change in zip(point, chosen, strict=True)))
 

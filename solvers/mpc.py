@@ -18,6 +18,10 @@ The linear penalty is exact: where the hard program has a plan and `penalty` is 
 g^k, the soft plan is the same one (Kerrigan and Maciejowski, UKACC 2000; Nocedal and Wright, 2006, theorem 17.3). A
 quadratic penalty alone always gives way a little. So: `penalty` some two to ten times the largest multiplier met
 (`mpc_report` tells it), `penalty_quadratic` to spread what must be violated over steps and outputs, or 0.
+
+The plan is a piecewise smooth function of everything, with corners where bounds become active. A return that averages
+over few states has these corners too, and its maxima like to sit on them, where nothing is stationary. An MPC whose
+weights are trained wants `smoothing`.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from sim2real.solvers.mpc_outputs import (
     with_outputs,
 )
 from sim2real.solvers.qp import OnFailure, QPSolution, qp
+from sim2real.solvers.smooth_qp import smooth_qp
 
 REQUIRED = ("A", "B", "Q", "R")
 OUTPUTS = ("C", "output_low", "output_high", "back_off", "penalty", "penalty_quadratic")
@@ -89,6 +94,7 @@ def condensed_mpc(
     max_steps: int = 200,
     strict: bool = False,
     on_infeasible: OnFailure = "raise",
+    smoothing: float = 0.0,
 ) -> MPCPlan:
     """The optimal plan over `horizon` steps from x0 `[..., n]`, differentiable in every tensor given.
 
@@ -98,8 +104,9 @@ def condensed_mpc(
     they are soft when `penalty` (cost per unit of output) or `penalty_quadratic` (per its square), >= 0, is given.
     Leading dimensions broadcast. `tol`, `max_steps`, `strict` and what an unconverged sample does: see `box_qp`, and
     with bounded outputs `qp` (tol at least 1e-10 there). Without a plan: `InfeasibleError` naming the sample, or, with
-    `on_infeasible="nan"`, NaN and `solution.infeasible`. Raises `ValueError` for shapes that do not fit, an empty box,
-    and costs without a unique minimum (R positive definite and Q, P positive semi-definite give one).
+    `on_infeasible="nan"`, NaN and `solution.infeasible`. `smoothing` > 0, in units of the cost, replaces all bounds by
+    barriers (see `smooth_qp`): a little cautious, without kinks. Raises `ValueError` for shapes that do not fit, an
+    empty box, and costs without a unique minimum (R positive definite and Q, P positive semi-definite give one).
     """
     if horizon < 1 or not 0 < discount < math.inf:
         raise ValueError(f"horizon must be at least 1 and discount positive, got {horizon} and {discount}")
@@ -114,12 +121,13 @@ def condensed_mpc(
     settings: dict[str, Any] = {"max_steps": max_steps, "strict": strict}
     slack, pressure = None, None
     solution: BoxQPSolution | QPSolution
-    if output_low is None and output_high is None:
+    if output_low is None and output_high is None and smoothing == 0:
         bounds = [per_step(bound, horizon, x0) for bound in (low, high)]
         solution = box_qp(*program, *bounds, tol=tol, **settings)
     else:
         bounded = with_outputs(program, (free, forced), (low, high), outputs, weights, n)
-        solution = qp(*bounded, tol=max(tol, 1e-10), on_failure=on_infeasible, **settings)
+        settings |= {"tol": max(tol, 1e-10), "on_failure": on_infeasible}
+        solution = smooth_qp(*bounded, smoothing=smoothing, **settings) if smoothing else qp(*bounded, **settings)
         slack, pressure = slack_and_pressure(solution, horizon * m, width, outputs, weights)
     actions = solution.x[..., : horizon * m]
     moved = free + (actions.unsqueeze(-2) @ forced.mT).squeeze(-2)
@@ -137,6 +145,7 @@ def mpc_policy(
     max_steps: int = 200,
     strict: bool = False,
     on_infeasible: OnFailure = "raise",
+    smoothing: float = 0.0,
 ) -> Policy:
     """The first action of `condensed_mpc` from the present state; nu holds the controller's model, cost and bounds.
 
@@ -154,7 +163,7 @@ def mpc_policy(
         if missing or unknown:
             raise KeyError(f"mpc_policy: missing {missing}, unknown {unknown}; it takes {REQUIRED} and {OPTIONAL}")
         settings: dict[str, Any] = {"discount": discount, "tol": tol, "max_steps": max_steps, "strict": strict}
-        settings["on_infeasible"] = on_infeasible
+        settings |= {"on_infeasible": on_infeasible, "smoothing": smoothing}
         return condensed_mpc(**values, x0=state, horizon=horizon, **settings).actions[..., 0, :]
 
     return deterministic_policy(first)

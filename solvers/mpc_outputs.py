@@ -85,15 +85,19 @@ def with_outputs(
     for sign, bound in zip((-1.0, 1.0), inputs, strict=True):
         if isinstance(bound, Tensor) or bound != sign * math.inf:
             rows.append((sign * eye, sign * per_step(bound, horizon, g).expand(*_lead(bound), size)))
+    if not rows:
+        rows.append((torch.zeros_like(eye[:0]), g.new_zeros(0)))
     return H, g, None, None, _cat([M for M, _ in rows], -2), _cat([h for _, h in rows], -1, core=1)
 
 
 def slack_and_pressure(
     solution: QPSolution, size: int, outputs: int, bounds: OutputBounds, weights: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """e `[..., N, p]` or None, and the multipliers over g^k `[..., N, p]`."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """e `[..., N, p]` or None, and the multipliers over g^k `[..., N, p]` or None."""
     horizon = weights.shape[0] - 1
     sides = (bounds.low is not None) + (bounds.high is not None)
+    if sides == 0:
+        return None, None
     z = solution.inequality_multipliers[..., : sides * horizon * outputs]
     pressure = z.unflatten(-1, (sides, horizon, outputs)).sum(-3) / weights[1:, None]
     slack = solution.x[..., size:]

@@ -66,7 +66,9 @@ class QPSolution:
 
 
 @dataclass(frozen=True)
-class _Options:
+class QPOptions:
+    """What the public functions of QPs take besides the program."""
+
     tol: float
     max_steps: int
     strict: bool
@@ -97,12 +99,8 @@ def qp(
     """
     if not 0 < tol < 1 or max_steps < 1:
         raise ValueError(f"tol must lie in (0, 1) and max_steps be at least 1, got {tol} and {max_steps}")
-    tensors = _complete(H, g, A, b, G, h)
-    lead = torch.broadcast_shapes(*(tensors[key].shape[:-2] for key in "HAG"), *(tensors[k].shape[:-1] for k in "gbh"))
-    H = 0.5 * (tensors["H"] + tensors["H"].mT)
-    inputs = [value.expand(*lead, *value.shape[-2 if key in "HAG" else -1 :]) for key, value in tensors.items()]
-    inputs[0] = H.expand(*lead, *H.shape[-2:])
-    options = _Options(tol, max_steps, strict, on_failure)
+    inputs = complete_program(H, g, A, b, G, h)
+    options = QPOptions(tol, max_steps, strict, on_failure)
     found = Found(*_QP.apply(options, *inputs))
     return QPSolution(
         *(value.to(g.dtype) for value in (found.x, found.y, found.z)),
@@ -117,10 +115,10 @@ def qp(
     )
 
 
-def _complete(
+def complete_program(
     H: Tensor, g: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None
-) -> dict[str, Tensor]:
-    """All six in float64, in the order of `Program`, after their shapes were found to fit."""
+) -> list[Tensor]:
+    """All six in float64 with equal leading dimensions, H symmetric, after their shapes were found to fit."""
     n = g.shape[-1] if g.ndim else 0
     if (A is None) != (b is None) or (G is None) != (h is None):
         raise ValueError("A and b, and G and h, must be given together")
@@ -136,19 +134,23 @@ def _complete(
                 f"{name} must be floating point [..., {', '.join(map(str, shape))}] for g {tuple(g.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-    return {name: value.to(g.device, torch.float64) for name, value in tensors.items()}
+    tensors = {name: value.to(g.device, torch.float64) for name, value in tensors.items()}
+    tensors["H"] = 0.5 * (tensors["H"] + tensors["H"].mT)
+    core = {name: 2 if name in "HAG" else 1 for name in tensors}
+    lead = torch.broadcast_shapes(*(value.shape[: -core[name]] for name, value in tensors.items()))
+    return [value.expand(*lead, *value.shape[-core[name] :]) for name, value in tensors.items()]
 
 
 class _QP(torch.autograd.Function):
     """options, H, g, A, b, G, h (equal leading dimensions, H symmetric) -> the fields of `Found`."""
 
     @staticmethod
-    def forward(options: _Options, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(options: QPOptions, *inputs: Tensor) -> tuple[Tensor, ...]:
         lead = inputs[1].shape[:-1]
         flat = Program(*(value.reshape((math.prod(lead), *value.shape[len(lead) :])) for value in inputs))
-        _check_values(flat)
+        check_program(flat)
         found = solve_programs(flat, tol=options.tol, max_steps=options.max_steps)
-        _complain(found, options)
+        complain(found, options)
         return tuple(value.reshape((*lead, *value.shape[1:])).clone() for value in found)
 
     @staticmethod
@@ -186,7 +188,7 @@ class _QP(torch.autograd.Function):
         return dx.clone(), dv[..., :count].clone(), dv[..., count:].clone(), *(None,) * (len(Found._fields) - 3)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], options: _Options, *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], options: QPOptions, *inputs: Tensor) -> Any:
         batched = (
             x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
             for x, d in zip(inputs, in_dims[1:], strict=True)
@@ -231,7 +233,7 @@ def _put(values: Tensor, index: Tensor, size: int) -> Tensor:
     return _put_rows(values.unsqueeze(-1), index, size).squeeze(-1)
 
 
-def _check_values(program: Program) -> None:
+def check_program(program: Program) -> None:
     """Names the first sample that breaks a condition, and the condition."""
     H, g, A, b, G, h = program
     largest = H.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[:, None, None]
@@ -247,7 +249,7 @@ def _check_values(program: Program) -> None:
             raise ValueError(f"qp, sample {int((~holds).nonzero()[0, 0])} of {g.shape[0]}: {message}")
 
 
-def _complain(found: Found, options: _Options) -> None:
+def complain(found: Found, options: QPOptions) -> None:
     """Raise or warn for programs without a solution, an exact one or a unique one."""
     count = found.status.shape[0]
     hopeless = (found.status >= INFEASIBLE).nonzero()[:, 0].tolist()
@@ -277,7 +279,7 @@ def _complain(found: Found, options: _Options) -> None:
         )
 
 
-def _doubt(message: str, options: _Options) -> None:
+def _doubt(message: str, options: QPOptions) -> None:
     if options.strict:
         raise UnconvergedError(message)
     warnings.warn(message, UnconvergedWarning, stacklevel=4)

@@ -51,7 +51,7 @@ class Found(NamedTuple):
 def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
     """All B programs; those without a solution get x = NaN, and y and z, or the ray, that prove it."""
     p, m = program.b.shape[-1], program.h.shape[-1]
-    scaled, scaling = balance(_present(program))
+    scaled, scaling = balance(Program(*program[:4], *present(*program[4:])))
     point, active = polish(scaled, interior_point(scaled, max_steps=max_steps), tol=1e-2 * tol)
     error, scales = residual(scaled, point)
     status = torch.where(error <= tol, SOLVED, UNCONVERGED)
@@ -67,7 +67,7 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
     x, ray = point.x, torch.zeros_like(point.x)
     failed = (status == UNCONVERGED).nonzero()[:, 0]
     if len(failed):
-        verdict, rays, y_proof, z_proof = _explain(rows(scaled, failed), max_steps)
+        verdict, rays, y_proof, z_proof = explain(rows(scaled, failed), max_steps)
         status = status.index_copy(0, failed, verdict)
         ray = ray.index_copy(0, failed, rays)
         proved = failed[verdict == INFEASIBLE]
@@ -94,16 +94,15 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
     )
 
 
-def _present(program: Program) -> Program:
-    """Rows that say nothing become `0 x <= 1`, one of which there always is: the interior point needs it."""
-    H, g, A, b, G, h = program
+def present(G: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that say nothing as `0 x <= 1`, one of which there always is: the interior point needs it."""
     if h.shape[-1] == 0:
-        G, h = torch.zeros_like(H[:, :1]), torch.zeros_like(g[:, :1])
+        G, h = G.new_zeros(*G.shape[:-2], 1, G.shape[-1]), h.new_zeros(*h.shape[:-1], 1)
     absent = (h == math.inf) | ((G == 0).all(-1) & (h >= 0))
-    return Program(H, g, A, b, torch.where(absent.unsqueeze(-1), 0.0, G), torch.where(absent, 1.0, h))
+    return torch.where(absent.unsqueeze(-1), 0.0, G), torch.where(absent, 1.0, h)
 
 
-def _explain(program: Program, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def explain(program: Program, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Status `[B]`, ray, y and z of programs that were not solved."""
     empty, y, z = farkas(program, max_steps=max_steps)
     falls, ray = descent_ray(program, max_steps=max_steps)

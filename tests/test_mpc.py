@@ -303,6 +303,22 @@ def test_the_report_counts_what_the_plans_do_not_keep() -> None:
     assert mpc_report(late).unconverged > 0
 
 
+def test_smoothing_is_a_barrier_on_every_bound() -> None:
+    p = system(5)
+    near = bounded(p, starts(6), penalty=1.0, smoothing=1e-7)
+    sharp = bounded(p, starts(6), penalty=1.0)
+    torch.testing.assert_close(near.actions, sharp.actions, rtol=0, atol=1e-3)
+    assert float(near.actions.abs().max()) < 1.0
+    assert float(near.slack.min()) > 0.0
+    assert mpc_report(near).kinks == 0
+    inputs = condensed_mpc(**p, x0=starts(6), horizon=4, low=-0.3, high=0.3, smoothing=1e-7)
+    expected = condensed_mpc(**p, x0=starts(6), horizon=4, low=-0.3, high=0.3)
+    assert inputs.pressure is None
+    torch.testing.assert_close(inputs.actions, expected.actions, rtol=0, atol=1e-3)
+    free = condensed_mpc(**p, x0=starts(6), horizon=4, smoothing=1e-7)
+    torch.testing.assert_close(free.actions, condensed_mpc(**p, x0=starts(6), horizon=4).actions, rtol=1e-9, atol=1e-10)
+
+
 def test_outputs_of_a_batch_of_models_is_a_loop_over_models() -> None:
     models = [system(seed) for seed in (5, 6)]
     stacked = {key: torch.stack([p[key] for p in models]) for key in models[0]}

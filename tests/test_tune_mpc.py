@@ -119,10 +119,9 @@ def test_tune_moves_model_and_back_off_of_an_mpc() -> None:
     assert bool((result.theta["back_off"] >= 0).all())
 
 
-def weighted_mpc(limit: float) -> Policy:
+def weighted_mpc(smoothing: float) -> Policy:
     """nu = {"log_R"}: an MPC whose model is fixed and whose input weight is trained; inputs are bounded."""
-    bounds = {"low": -limit * torch.ones(1).double(), "high": limit * torch.ones(1).double()}
-    mpc = mpc_policy(3, {"A": A, "B": B, "Q": EYE, "P": 3 * EYE, **bounds}, discount=0.9)
+    mpc = mpc_policy(3, {"A": A, "B": B, "Q": EYE, "P": 3 * EYE, **LIMIT}, discount=0.9, smoothing=smoothing)
 
     def mean(nu: Params, state: Tensor) -> Tensor:
         return mpc.act({"R": nu["log_R"].exp() * EYE[:1, :1]}, state, state[:, :0])
@@ -131,8 +130,8 @@ def weighted_mpc(limit: float) -> Policy:
 
 
 def test_an_mpc_with_weights_trained_in_the_model_has_the_gradient_of_retraining() -> None:
-    model, real, world, in_sim, in_real = setting(batch=6)
-    policy, nu = weighted_mpc(1.5), {"log_R": torch.tensor(-1.0, dtype=torch.float64)}
+    model, real, world, in_sim, in_real = setting(batch=3, horizon=4)
+    policy, nu = weighted_mpc(0.01), {"log_R": torch.tensor(-1.0, dtype=torch.float64)}
     theta = {"A": A, "B": B, "noise_scale": torch.tensor(1.0, dtype=torch.float64)}
     gradient = partial(real_gradient, mdp=real, theta=world, noise=in_real)
     task: dict[str, Any] = {"real_reward": None, "real_discount": 0.9, "gradient": gradient}
@@ -144,16 +143,11 @@ def test_an_mpc_with_weights_trained_in_the_model_has_the_gradient_of_retraining
         best = policy_optimum(J, th, step.nu, tol=1e-9).nu
         return float(expected_return(real, policy, world, best, in_real))
 
-    for key, direction in (
-        ("B", torch.ones_like(B)),
-        ("A", torch.ones_like(A)),
-        ("noise_scale", torch.ones(()).double()),
-    ):
-        slope = float((step.grad[key] * direction).sum())
-        ahead, behind = ({**theta, key: theta[key] + sign * 1e-4 * direction} for sign in (1, -1))
-        # the optimum is found to 1e-9, over a step of 1e-4
-        assert slope == pytest.approx((retrained(ahead) - retrained(behind)) / 2e-4, rel=2e-3, abs=1e-5)
-    result = tune(model, policy, theta, nu, None, in_sim, settings=TuneSettings(max_steps=3), **task)
+    ahead, behind = ({**theta, "A": A + sign * 1e-4, "B": B + sign * 1e-4} for sign in (1, -1))
+    slope = float(step.grad["A"].sum() + step.grad["B"].sum())
+    # the optimum is found to 1e-9, over a step of 1e-4: 1e-5 of a slope of order 1
+    assert slope == pytest.approx((retrained(ahead) - retrained(behind)) / 2e-4, rel=1e-3, abs=1e-5)
+    result = tune(model, policy, theta, nu, None, in_sim, settings=TuneSettings(max_steps=1), **task)
     returns = [row["real_return"] for row in result.history if row["accepted"]]
     assert returns[-1] > returns[0] + 1e-4, result.notes
 
@@ -167,7 +161,7 @@ def test_weights_whose_optimum_is_a_kink_are_not_trusted() -> None:
     with pytest.warns(UnconvergedWarning, match="nu is not stationary"):
         step = tune_step(
             model,
-            weighted_mpc(0.6),
+            weighted_mpc(0.0),
             theta,
             nu,
             None,

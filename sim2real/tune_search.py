@@ -29,7 +29,7 @@ Evaluate = Callable[[Params, Params, Transitions | None, Callable[["Point"], boo
 """theta, nu to start from, data, and which points are worth the cost of a certificate"""
 Gather = Callable[[Params, int], tuple[Transitions, tuple[float, float]] | None]
 """nu, iteration -> new transitions of its policy and their mean return with its standard error; None: not there yet"""
-CERTIFICATE = ("certified", "error_bound", "audit_error")
+CERTIFICATE = ("certified", "error_bound", "relative_bound", "audit_error")
 """what a certificate leaves in a point's info"""
 
 

@@ -30,7 +30,7 @@ class TuneSettings:
     gradient_tol: float = 1e-8
     """the search has converged when the scaled gradient (free of the box) is below this, relative to `|J_real|`"""
     damping: float = 0.0
-    """added to -J_nunu in the sensitivity, in its units; a policy with redundant parameters (a network) needs some"""
+    """added to -J_nunu in the sensitivity, in its units; 0: what the sensitivity itself chooses"""
     likelihood_weight: float = 0.0
     """weight of the log-likelihood, in units of return per nat"""
     use_freedom: bool = True

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sim2real.estimators.auto_sensitivity import auto_sensitivity
 from sim2real.estimators.certificate import Certificate
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
@@ -46,8 +48,8 @@ class TuneStep:
     grad: Params
     info: dict[str, Tensor]
     """"real_return", "real_return_stderr", "stationarity" (`|grad_nu J|`), "residual" (of the linear solve) and, where
-    known, "error_bound"; with a certificate "certified" (1 or 0), its "error_bound" and "audit_error"; and all that the
-    gradient estimator reports ("effective_sample_size", "stderr", ...)"""
+    known, "error_bound"; with a certificate "certified" (1 or 0), its "error_bound", "relative_bound" and
+    "audit_error"; and all that the gradient estimator reports ("effective_sample_size", "stderr", ...)"""
     report: SolveReport
     """converged: nu is a stationary in-sim optimum, the critic is stable, the linear solve reached its tolerance, and
     the certificate, if one was asked for, holds"""
@@ -70,7 +72,7 @@ def tune_step(
     objective: Objective | None = None,
     optimum: Trainer | None = None,
     gradient: Callable[..., Estimate] = logged_policy_gradient,
-    sensitivity: Callable[..., Sensitivity] = policy_sensitivity,
+    sensitivity: Callable[..., Sensitivity] | Literal["auto"] = policy_sensitivity,
     hypergradient: Callable[..., Estimate] | None = None,
     certificate: Certify | None = None,
 ) -> TuneStep:
@@ -79,8 +81,9 @@ def tune_step(
     `objective` replaces the in-sim return sampled on `noise` (then None); `optimum(theta, nu0) -> nu*` replaces
     `policy_optimum`: any trainer, whose answer is checked for stationarity. `gradient(policy, nu, log, real_reward=,
     real_discount=)` and `sensitivity(objective, theta, nu, cotangent=, derivative_order=)` are options bound with
-    `partial`, or replacements. `hypergradient(mdp, policy, theta, nu, log, noise, real_reward=, real_discount=)`, such
-    as `partial(hessian_free_gradient, temperature=0.1)`, gives the real return with its gradient in theta at once and
+    `partial`, or replacements; "auto" takes the first route whose conditions hold (`auto_sensitivity`).
+    `hypergradient(mdp, policy, theta, nu, log, noise, real_reward=, real_discount=)`, such as
+    `partial(hessian_free_gradient, temperature=0.1)`, gives the real return with its gradient in theta at once and
     replaces both. `certificate(objective, theta, nu, sensitivity, g_nu, optimum=, derivative_order=)`, such as
     `certify`, bounds the error of the gradient. `report.converged` tells whether the gradient can be trusted; where it
     cannot, the sensitivity warns `UnconvergedWarning`, or raises `UnconvergedError` when bound with `strict=True`.
@@ -93,7 +96,8 @@ def tune_step(
         report = SolveReport(True, 0.0, 0, "gradient in theta without a linear solve")
         return _step(best, estimate.grad, estimate, report)
     real = gradient(policy, best, log, real_reward=real_reward, real_discount=real_discount)
-    chain = sensitivity(J, theta, best, cotangent=real.grad, derivative_order=mdp.derivative_order)
+    route = sensitivity_of(sensitivity, mdp, policy, noise)
+    chain = route(J, theta, best, cotangent=real.grad, derivative_order=mdp.derivative_order)
     step = _step(best, chain.vjp(real.grad), real, chain.report)
     step = replace(step, grad_nu=real.grad, sensitivity=chain)
     if certificate is None:
@@ -105,6 +109,7 @@ def tune_step(
 def certified_step(step: TuneStep, found: Certificate) -> TuneStep:
     """`step` with what the certificate says of its gradient; not converged where it does not hold."""
     figures = {"certified": float(found.holds), "error_bound": found.error_bound, "audit_error": found.audit_error}
+    figures["relative_bound"] = found.relative_bound
     info = step.info | {k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items() if v is not None}
     status = step.report.status if found.holds else f"not certified: {'; '.join(found.reasons)}"
     report = replace(step.report, converged=step.report.converged and found.holds, status=status)
@@ -139,6 +144,19 @@ def _doubt(real: Estimate) -> str:
     if not low <= value <= high:
         return f"the critic's return {value:.4g} is outside what the recorded rewards allow, {low:.4g} to {high:.4g}"
     return ""
+
+
+def sensitivity_of(
+    sensitivity: Callable[..., Sensitivity] | Literal["auto"], mdp: ModelMDP, policy: Policy, noise: Noise | None
+) -> Callable[..., Sensitivity]:
+    """`sensitivity`, or `auto_sensitivity` on the noise of the in-sim return. Raises `ValueError` for anything else."""
+    if not isinstance(sensitivity, str):
+        return sensitivity
+    if sensitivity != "auto":
+        raise ValueError(f"sensitivity must be a function or 'auto', got {sensitivity!r}")
+    if noise is None:
+        raise ValueError("sensitivity='auto' rolls out the simulator: pass noise (sample_noise)")
+    return lambda J, theta, nu, **options: auto_sensitivity(mdp, policy, theta, nu, noise, objective=J, **options)
 
 
 def in_sim_return(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from sim2real.tune_step import (
     TuneStep,
     in_sim_optimum,
     in_sim_return,
+    sensitivity_of,
     tune_step,
 )
 from sim2real.tune_task import Limit, Task, certificate_of, evaluated, uncertified
@@ -70,9 +72,9 @@ class TuneResult:
     """per iteration, of the values tried: "iteration", "accepted", "converged", "real_return", "real_return_stderr",
     "gain", "gain_stderr" (against the best so far, on the same data), "predicted_gain", "measured_return",
     "measured_stderr" (of the rollouts just recorded), "radius", "step_norm", "gradient_norm" (where the step began,
-    scaled, free of the box), "stationarity", "residual", "certified" (1 or 0), "error_bound", "audit_error",
-    "margin.NAME" (of a constraint), "effective_sample_size", "bellman_radius", "transitions", and "theta.NAME" for
-    scalar parameters; absent where they do not apply"""
+    scaled, free of the box), "stationarity", "residual", "certified" (1 or 0), "error_bound", "relative_bound",
+    "audit_error", "margin.NAME" (of a constraint), "effective_sample_size", "bellman_radius", "transitions", and
+    "theta.NAME" for scalar parameters; absent where they do not apply"""
     report: SolveReport
     notes: tuple[str, ...]
     """one sentence per refused or undone step, and why the search ended"""
@@ -109,7 +111,7 @@ def tune(
     objective: Objective | None = None,
     optimum: Trainer | None = None,
     gradient: Callable[..., Estimate] = logged_policy_gradient,
-    sensitivity: Callable[..., Sensitivity] = policy_sensitivity,
+    sensitivity: Callable[..., Sensitivity] | Literal["auto"] = policy_sensitivity,
     hypergradient: Callable[..., Estimate] | None = None,
     certificate: Certify | None = certify,
     constraints: Mapping[str, Limit] = MappingProxyType({}),
@@ -142,7 +144,8 @@ def tune(
     space = tuning_space(theta, box if box is not None else mdp.box, free, scale)
     J = in_sim_return(mdp, policy, noise, objective, optimum)
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
-    damped = partial(sensitivity, damping=options.damping) if options.damping else sensitivity
+    damped = sensitivity_of(sensitivity, mdp, policy, noise)
+    damped = partial(damped, damping=options.damping) if options.damping else damped
     judged = J if objective is not None or noise is not None else None
     judge = certificate if hypergradient is None else None
     task = Task(

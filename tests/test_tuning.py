@@ -707,7 +707,7 @@ def fake_certificate(holds: Callable[[Params], bool], asked: list[dict[str, Any]
         if asked is not None:
             asked.append({"theta": theta, **options})
         good = holds(theta)
-        return Certificate(good, 0.1 if good else math.inf, 0.1, 0.2, () if good else ("the Hessian is a guess",))
+        return Certificate(good, 0.1 if good else math.inf, 0.05, 0.2, () if good else ("the Hessian is a guess",))
 
     return certificate
 
@@ -845,6 +845,25 @@ def test_a_hypergradient_replaces_gradient_and_sensitivity() -> None:
     told = tune_toy(optimum=lambda theta, nu: {"x": ravel(theta)}, likelihood=likelihood, **options)
     assert told.freedom is None
     assert any("the freedom of equal policies was not used" in note for note in told.notes)
+
+
+def test_the_automatic_sensitivity_is_bound_to_the_problem() -> None:
+    problem = lqr_problem(sigma=0.5)
+    log, policy = exploring_log(problem, 0), linear_policy(1)
+    noise = sample_noise(problem["model"], policy, 8, 30, torch.Generator().manual_seed(1))
+    nu = {"gain": torch.tensor([[1.0, 1.0]], dtype=torch.float64)}
+    start = (problem["model"], policy, problem["theta"], nu, log, noise)
+    task: dict[str, Any] = {"real_reward": real_reward, "real_discount": 0.95}
+    step, plain = tune_step(*start, sensitivity="auto", **task), tune_step(*start, **task)
+    assert step.report.status.startswith("chose Hessian")
+    for key in step.grad:
+        torch.testing.assert_close(step.grad[key], plain.grad[key], rtol=1e-6, atol=1e-8)
+    result = tune(*start, sensitivity="auto", settings=TuneSettings(max_steps=1), **task)
+    assert result.history[0]["certified"] == 1
+    with pytest.raises(ValueError, match="sensitivity must be a function or 'auto', got 'best'"):
+        tune_step(*start, sensitivity="best", **task)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rolls out the simulator: pass noise"):
+        tune_step(*start[:-1], None, sensitivity="auto", objective=problem["objective"], **task)
 
 
 def test_unconverged_parts_are_noted_and_other_warnings_pass() -> None:

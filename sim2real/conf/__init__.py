@@ -185,7 +185,7 @@ class TuneOptions:
     min_radius: float = key(1e-6, "scaled", "the search ends when the radius falls below")
     confidence: float = key(0.95, "1", "confidence with which the real return must have fallen to undo a step")
     gradient_tol: float = key(1e-8, "1", "the search ends when the scaled gradient is below, relative to |J_real|")
-    damping: float = key(0.0, "return", "added to -J_nunu in the sensitivity; an mlp policy needs some, such as 1e-3")
+    damping: float = key(0.0, "return", "added to -J_nunu in the sensitivity; 0: chosen from its spectrum")
     likelihood_weight: float = key(0.0, "return/nat", "how strongly theta is kept near the log's likelihood")
     use_freedom: bool = key(True, "", "after a fit: in the end move theta, where the policy stays the same, to the fit")
     freedom_tol: float = key(1e-6, "1", "largest fall of the real return this may cost, relative to |J_real|")

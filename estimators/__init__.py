@@ -2,8 +2,10 @@
 
 from sim2real.estimators.action_sensitivity import action_sensitivity
 from sim2real.estimators.audit import Audit, audit
+from sim2real.estimators.auto_sensitivity import auto_sensitivity
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
+from sim2real.estimators.critic_gauss_newton import critic_gauss_newton
 from sim2real.estimators.equivalence import (
     Condition,
     EquivalenceError,
@@ -15,10 +17,12 @@ from sim2real.estimators.equivalence import (
 from sim2real.estimators.estimate_certificate import certify_estimate
 from sim2real.estimators.explicit_sensitivity import explicit_sensitivity
 from sim2real.estimators.finite_difference import finite_difference_gradient
+from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
+from sim2real.estimators.model_critic import ModelCritic, model_critic
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.sampled_equivalence import (
@@ -28,6 +32,7 @@ from sim2real.estimators.sampled_equivalence import (
     sampled_modified_reward,
 )
 from sim2real.estimators.score_function import score_function_gradient
+from sim2real.estimators.score_sensitivity import score_sensitivity
 from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
@@ -41,16 +46,20 @@ __all__ = [
     "EquivalenceError",
     "EquivalenceGap",
     "LinearQuadratic",
+    "ModelCritic",
     "Simulator",
     "TabularMDP",
     "Transitions",
     "action_sensitivity",
     "audit",
+    "auto_sensitivity",
     "certify",
     "certify_estimate",
+    "critic_gauss_newton",
     "equivalence_gap",
     "explicit_sensitivity",
     "finite_difference_gradient",
+    "function_space_sensitivity",
     "hessian_free_gradient",
     "least_squares_critic",
     "logged_policy_gradient",
@@ -58,14 +67,17 @@ __all__ = [
     "lqr_modified_reward",
     "lqr_sensitivity",
     "merge_transitions",
+    "model_critic",
     "modified_reward",
     "pathwise_gradient",
+    "pointwise_sensitivity",
     "policy_sensitivity",
     "quadratic_features",
     "sampled_conditions",
     "sampled_equivalence_gap",
     "sampled_modified_reward",
     "score_function_gradient",
+    "score_sensitivity",
     "soft_action_value",
     "soft_consistency",
     "soft_return",

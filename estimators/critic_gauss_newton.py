@@ -68,7 +68,7 @@ def critic_gauss_newton(
     nodes: Nodes,
     *,
     cotangent: Params | None = None,
-    damping: float | Literal["auto"] = 0.0,
+    damping: float | Literal["auto"] = "auto",
     solve: Solve = cg,
     tolerance: float = 0.1,
     strict: bool = False,
@@ -116,7 +116,7 @@ def improvement(
     nodes: Nodes,
     *,
     cotangent: Params | None = None,
-    damping: float | Literal["auto"] = 0.0,
+    damping: float | Literal["auto"] = "auto",
     solve: Solve = cg,
 ) -> tuple[Sensitivity, Expansion]:
     """`-H_GN^-1 C_GN` as products and the critic's expansion, unjudged; theta gains a factor of Q, `_SCALE`.

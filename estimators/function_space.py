@@ -2,7 +2,7 @@
 
 With Q the critic of the policy in the simulator and `G = d_theta Q` at fixed policy (`model_critic.py`),
 
-    d pi(s) = -(E_e Q_aa)^-1 E_e d_a G(s, a)                    per state (`action_sensitivity`),
+    d pi(s) = -(E_e Q_aa)^-1 E_e d_a G(s, a)                    per state (`pointwise_sensitivity`),
     d nu    = -H_GN^-1 C_GN                                     in the policy class (`critic_gauss_newton.py`),
 
 H_GN = E_d E_e[(d_nu a)^T Q_aa (d_nu a)] and C_GN = E_d E_e[(d_nu a)^T d_a G]. The critic and G are fitted on rollouts
@@ -57,7 +57,7 @@ def function_space_sensitivity(
     behaviour: Policy | None = None,
     states: int = 2048,
     cotangent: Params | None = None,
-    damping: float | Literal["auto"] = 0.0,
+    damping: float | Literal["auto"] = "auto",
     solve: Solve = cg,
     tolerance: float = 0.1,
     stderr: bool = True,
@@ -112,7 +112,7 @@ def function_space_sensitivity(
     return Sensitivity(vjp, jvp, report, info)
 
 
-def action_sensitivity(
+def pointwise_sensitivity(
     mdp: ModelMDP,
     policy: Policy,
     theta: Params,

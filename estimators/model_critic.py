@@ -133,14 +133,16 @@ def model_critic(
         drawn = rollout(mdp, acting, theta, nu, noise)
         flat = _in_double(transitions(drawn))
         mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
-        basis = scaled_features(features if features is not None else quadratic_features(flat), flat)
+        some = slice(None, None, 1 + len(flat.rewards) // _ROWS)
+        sample = replace(flat, states=flat.states[some], actions=flat.actions[some])
+        basis = scaled_features(features if features is not None else quadratic_features(flat), sample)
         nodes = policy_nodes(policy, nu, flat.states)
         phi = by_rows(lambda rows: basis(flat.states[rows], flat.actions[rows]), len(flat.rewards))
         mean = lambda rows: expected(policy, nu, flat.next_states[rows], basis, nodes, actions)
-        following = by_rows(mean, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
+        following = by_rows(mean, len(flat.rewards)).mul_(~flat.ended.unsqueeze(-1))
         episodes = len(flat.initial_states)
         group = flat.episode * groups // episodes
-        data = Simulated(flat, noise.process[mask].double(), phi, following, leverage_weights(phi), group)
+        data = Simulated(flat, noise.process[mask].double(), phi, following, _leverage(phi, some), group)
     sums = _ridged(_sums(data, groups), ridge)
     try:
         condition, radius = check_identified(sums, mdp.discount, 0.0)
@@ -239,7 +241,23 @@ def state_value(critic: ModelCritic, policy: Policy, nu: Params, states: Tensor)
 
 def by_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
     """`function` of slices of at most 65 536 rows, joined."""
-    return torch.cat([function(slice(start, start + _ROWS)) for start in range(0, count, _ROWS)])
+    whole = torch.empty(0)
+    for start in range(0, count, _ROWS):
+        part = function(slice(start, start + _ROWS))
+        if start == 0:
+            whole = part.new_empty(count, *part.shape[1:])
+        whole[start : start + _ROWS] = part
+    return whole
+
+
+def _leverage(phi: Tensor, some: slice) -> Tensor:
+    """`leverage_weights` of all rows, by the second moments of some."""
+    sample = phi[some]
+    kept = leverage_weights(sample)
+    values, vectors = torch.linalg.eigh((kept.unsqueeze(-1) * sample).mT @ sample / kept.sum())
+    main = values > 1e-11 * values[-1]
+    unit = vectors[:, main] / values[main].sqrt()
+    return by_rows(lambda rows: 1 / (1 + (phi[rows] @ unit).square().sum(-1) / phi.shape[1]), len(phi))
 
 
 def _in_double(data: Transitions) -> Transitions:
@@ -248,11 +266,10 @@ def _in_double(data: Transitions) -> Transitions:
 
 
 def _sums(data: Simulated, groups: int) -> CriticSystem:
-    weighted = data.weights.unsqueeze(-1) * data.phi
     rewards, parts = data.transitions.rewards, []
     for g in range(groups):
         rows = data.group == g
-        chosen = weighted[rows]
+        chosen = data.weights[rows].unsqueeze(-1) * data.phi[rows]
         parts.append((chosen.mT @ data.phi[rows], chosen.mT @ data.following[rows], chosen.mT @ rewards[rows]))
     gram, cross, reward = (torch.stack(part) for part in zip(*parts, strict=True))
     return CriticSystem(gram, cross, reward, torch.zeros_like(reward), torch.ones_like(reward[:, 0]))

@@ -75,13 +75,14 @@ def score_sensitivity(
     `critic`: fitted already on rollouts of this policy (None: fitted here on those of `noise`, with `features` and
     `actions` as in `model_critic`; a discrete policy needs features of its own).
     `report.converged` asks for `-J_nunu + damping` positive definite by two standard errors of its lowest eigenvalue,
-    and for a nu that is stationary: a Newton step beyond four standard errors of the gradient may change nu by at most
-    `tolerance`, relative in the norm of -J_nunu. Where it is False this warns `UnconvergedWarning`, under `strict`
+    and for a nu that is stationary: the Newton step, noise included, may change nu by at most `tolerance`, relative in
+    the norm of -J_nunu. Where it is False this warns `UnconvergedWarning`, under `strict`
     raises `UnconvergedError`. info: "lowest_curvature" and "lowest_curvature_stderr" of -J_nunu, "hessian_stderr",
-    "cross_stderr" (relative, Frobenius), "gradient" and "gradient_stderr" `[P]`, "distance" (of the Newton step),
-    "gain" (of return, which it promises), "newton_step_effect" and "stderr" `[Q]` of vjp(cotangent) when one is given;
-    `report.error_bound` is then twice its norm. Raises `ValueError` when the policy or the model has no log_prob, for
-    fewer than two rollouts per group or two groups, and for more parameters than H and C per group can be kept of.
+    "cross_stderr" (relative, Frobenius), "gradient" and "gradient_stderr" `[P]`, "newton_step" `[P]`, its "distance"
+    and what noise alone gives, "distance_stderr", "gain" (of return, which it promises); "stderr" `[Q]` of
+    vjp(cotangent) when one is given, and `report.error_bound`, twice its norm. Raises `ValueError` when the policy or
+    the model has no log_prob, for fewer than two rollouts per group or two groups, and for more parameters than H and C
+    per group can be kept of.
     """
     log_density(mdp)
     _check_sizes(noise, groups, theta, nu, variance)
@@ -92,7 +93,7 @@ def score_sensitivity(
         options: dict[str, Any] = {"features": features, "actions": actions, "derivative": "score", "groups": 1}
         fitted = model_critic(mdp, policy, theta64, nu64, noise, **options)
     parts = second_order(mdp, policy, theta64, nu64, noise, variance=variance, critic=fitted, groups=groups)
-    gradient, hessian, cross = (part.mean(0) for part in vars(parts).values())
+    hessian, cross = parts.hessian.mean(0), parts.cross.mean(0)
     values, vectors = torch.linalg.eigh(-hessian)
     inverse = lambda b: vectors @ ((vectors.mT @ b) / (values + damping))
 
@@ -109,7 +110,6 @@ def score_sensitivity(
     if cotangent is not None:
         check_same_keys(nu, cotangent, "cotangent")
         g = ravel(_double(cotangent, nu))
-        info["newton_step_effect"] = gradient @ inverse(g)
         info["stderr"] = jackknife_stderr(torch.stack([_without(parts, k, g, damping) for k in range(groups)]))
         bound = 2 * float(info["stderr"].norm())
     report = replace(_judged(info, values, damping, tolerance), error_bound=bound)
@@ -258,11 +258,9 @@ def _figures(parts: SecondOrder, values: Tensor, vectors: Tensor, nu: Tensor, da
     relative = lambda part: _mean_stderr(part).norm() / part.mean(0).norm().clamp(min=1e-300)
     stderr = _mean_stderr(parts.gradient)
     lowest = vectors[:, 0]
-    # the part of the gradient that chance does not explain
-    beyond = gradient.sign() * (gradient.abs() - 4 * stderr).clamp(min=0)
     step = lambda g: vectors @ ((vectors.mT @ g) / (values + damping))
     size = -(nu @ hessian @ nu)
-    distance = (beyond @ step(beyond)).clamp(min=0).sqrt() / size.clamp(min=1e-300).sqrt()
+    relative_norm = lambda g: (g @ step(g)).clamp(min=0).sqrt() / size.clamp(min=1e-300).sqrt()
     return {
         "lowest_curvature": values[0],
         "lowest_curvature_stderr": _mean_stderr(-(parts.hessian @ lowest) @ lowest),
@@ -270,7 +268,9 @@ def _figures(parts: SecondOrder, values: Tensor, vectors: Tensor, nu: Tensor, da
         "cross_stderr": relative(parts.cross),
         "gradient": gradient,
         "gradient_stderr": stderr,
-        "distance": distance,
+        "distance": relative_norm(gradient),
+        "distance_stderr": relative_norm(stderr),
+        "newton_step": step(gradient),
         "gain": 0.5 * gradient @ step(gradient),
     }
 
@@ -301,8 +301,8 @@ def _judged(info: dict[str, Tensor], values: Tensor, damping: float, tolerance: 
         )
     elif distance > tolerance:
         reasons.append(
-            f"nu is not stationary: beyond noise, a Newton step changes it by {distance:.2g} of its size, allowed "
-            f"{tolerance:.2g}, for {float(info['gain']):.2g} of return"
+            f"nu is not stationary: a Newton step changes it by {distance:.2g} of its size, allowed {tolerance:.2g}, "
+            f"for {float(info['gain']):.2g} of return (noise alone: {float(info['distance_stderr']):.2g})"
         )
     return SolveReport(
         converged=not reasons,

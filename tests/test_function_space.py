@@ -24,7 +24,7 @@ from sim2real import (
 )
 from sim2real.controllers import exploring_policy
 from sim2real.estimators.critic import CriticError
-from sim2real.estimators.function_space import action_sensitivity, function_space_sensitivity
+from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.model_critic import critic_jvp, critic_vjp, model_critic
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.solvers import policy_optimum
@@ -154,7 +154,7 @@ def test_actions_move_as_the_optimal_gain_does() -> None:
     p = problem()
     states = torch.randn(5, 4, generator=seeded(1), dtype=torch.float64)
     critic = model_critic(p.mdp, p.policy, p.theta, p.nu, noise_of(p, 500))
-    found = action_sensitivity(p.mdp, p.policy, p.theta, p.nu, critic, states)
+    found = pointwise_sensitivity(p.mdp, p.policy, p.theta, p.nu, critic, states)
     v = direction(p.theta)
     moved = found.jvp(v)["action"]
     gains = sum(torch.tensordot(p.jacobian[key], v[key], 2) for key in v)
@@ -249,4 +249,4 @@ def test_conditions_that_fail_are_named() -> None:
         function_space_sensitivity(p.mdp, p.policy, p.theta, p.nu, noise_of(p, 20), states=0)
     upside = replace(p.mdp, reward=lambda *args: -p.mdp.reward(*args))
     with pytest.raises(UnconvergedError, match="no maximum in the action"):
-        action_sensitivity(upside, p.policy, p.theta, p.nu, noise_of(p, 100), torch.zeros(1, 4).double())
+        pointwise_sensitivity(upside, p.policy, p.theta, p.nu, noise_of(p, 100), torch.zeros(1, 4).double())

@@ -66,7 +66,8 @@ def test_the_critic_level_is_right_where_features_span_q() -> None:
     found = score_sensitivity(mdp, policy, theta, nu, noise, critic=critic, tolerance=1e9, damping=3.0, cotangent=g)
     assert found.report.error_bound == pytest.approx(2 * float(found.info["stderr"].norm()))
     assert float(dot(found.vjp(g), v)) == pytest.approx(float(dot(found.jvp(v), g)), rel=1e-9)
-    assert float(found.info["newton_step_effect"]) != 0.0
+    promised = 0.5 * float(found.info["newton_step"] @ found.info["gradient"])
+    assert float(found.info["gain"]) == pytest.approx(promised, rel=1e-9)
 
 
 def discounted(theta: Params, nu: Params, discount: float) -> Tensor:

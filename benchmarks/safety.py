@@ -219,7 +219,7 @@ def s_safety(quick: bool) -> Iterator[Figure]:
 
 def s_randomization(quick: bool) -> Iterator[Figure]:
     """See the module docstring."""
-    theta, factor = start_theta(), torch.tensor([[0.1, 0.0], [0.0, 0.1]]).double()
+    theta, factor = start_theta(), torch.tensor([[0.07, 0.0], [0.0, 0.07]]).double()
     generator = torch.Generator().manual_seed(0)
     draws = standard_draws(64, 2, generator)  # a fifth of 16 is too few: its best gain loses other draws
     kinds = {"nominal": None, "posterior": 1.0, "worst-fifth": 0.2}

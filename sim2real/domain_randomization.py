@@ -5,7 +5,9 @@
 over the entries of theta that are named, raveled in that order; theta is the posterior's mean. Parameters outside the
 box are moved to its nearest point, where that draw has no derivative in the clipped entry (`clipped_share` says how
 many). With `tail` < 1 only the worst draws count: the conditional value at risk, weights 1 / (tail N) on the lowest
-returns (a fraction on the last). `policy_optimum`, `policy_sensitivity` and `tune` take the objective as it is, and
+returns (a fraction on the last). It has kinks where draws change places, and a tail of few draws is soon overfitted:
+take N so that tail N is well above the number of policy parameters. `policy_optimum`, `policy_sensitivity` and `tune`
+take the objective as it is, and
 
     theta     gets dnu*/d mean,
     "factor"  where theta holds that key in place of a fixed `factor`, gets dnu*/dL as well.

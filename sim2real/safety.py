@@ -6,17 +6,19 @@ A cost signal c(s, a, s+) of a real transition, in its own unit, and the discoun
     chance       E_real sum_t w_t 1[c_t > limit]             <= probability
     worst_case   max_k E_sim(theta_k) sum_t w_t c_t          <= limit        theta_k drawn from the fitted posterior
 
-The margin is what is left, `limit - value - t stderr`, t the one-sided Student quantile of `confidence` with as many
-degrees of freedom as the jackknife has groups, less one; it must be >= 0, and its gradient points towards safety. In
-theta it is `(dnu*/dtheta)'` times that, the same vjp as for the return; the gradient of the standard error is left
-out. A chance constraint bounds the share of steps, hence the probability of any violation within T steps by T times
-as much at most (Boole). Its indicator may be smoothed,
+The margin is the limit minus the upper confidence limit of the left-hand side at `confidence` (one-sided); it must be
+>= 0, and its gradient points towards safety. In theta it is `(dnu*/dtheta)'` times that, the same vjp as for the
+return; the gradient of the confidence term is left out. Costs are skewed, so the limit comes from the bootstrap-t over
+the jackknife's pseudo-values (resampled alike at every call); with fewer than 8 groups from Student's t. A chance
+constraint bounds the share of steps, hence the probability of any violation within T steps by T times as much at most
+(Boole). Its indicator may be smoothed,
 
     h(x) = u^3 (10 - 15 u + 6 u^2),   u = min(1, max(0, 1 + x / width)),   x = c - limit,
 
 twice differentiable and never below the indicator: the smoothed constraint is the stricter one, by at most the
 probability that c lies within `width` below the limit. Reference: E. Altman, Constrained Markov Decision Processes,
-1999 (discounted constraints as further returns); R. Tempo, E. Bai and F. Dabbene, Systems & Control Letters 30 (1997)
+1999 (discounted constraints as further returns); B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993,
+section 12.5 (bootstrap-t); R. Tempo, E. Bai and F. Dabbene, Systems & Control Letters 30 (1997)
 237, theorem 3.1 (draws for a probable worst case).
 """
 
@@ -39,6 +41,9 @@ from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Estimate, Params
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout, rollout
+
+_LOGGED_GRADIENT = partial(logged_policy_gradient, groups=32)
+"""more groups than for a return: the bootstrap needs to see the skew"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def constraint_gradient(
     log: Rollout | RolloutLog | Transitions,
     *,
     terminal: Callable[[Tensor], Tensor] | None = None,
-    gradient: Callable[..., Estimate] = logged_policy_gradient,
+    gradient: Callable[..., Estimate] = _LOGGED_GRADIENT,
 ) -> Margin:
     """Margin of a "mean" or "chance" constraint and its gradient in nu, from real transitions of any policy.
 
@@ -129,12 +134,30 @@ def constraint_gradient(
     share = 1 - constraint.discount
     value, stderr = share * found.value, share * found.info.get("value_stderr", torch.zeros_like(found.value))
     allowed = constraint.limit if constraint.kind == "mean" else constraint.probability
-    groups = len(found.info.get("value_replicates", ()))
-    quantile = float(student.ppf(constraint.confidence, groups - 1 if groups > 1 else math.inf))
-    margin = allowed - value - quantile * stderr
+    replicates = share * found.info.get("value_replicates", value.new_zeros(0))
+    margin = allowed - upper_limit(value, stderr, replicates, constraint.confidence)
     reason = _doubt(found)
     grad = {key: -share * part for key, part in found.grad.items()}
     return Margin(margin, grad, value, stderr, trusted=not reason, reason=reason, info=found.info)
+
+
+def upper_limit(value: Tensor, stderr: Tensor, replicates: Tensor, confidence: float) -> Tensor:
+    """One-sided upper confidence limit of an estimate with delete-one-group `replicates [G]`; at 0.5 the estimate.
+
+    Bootstrap-t over the pseudo-values `G value - (G - 1) replicate_g`, with 2000 resamples that are always the same;
+    `value + t stderr` with Student's t for fewer than 8 groups, the normal quantile for none.
+    """
+    if confidence == 0.5:
+        return value
+    groups = len(replicates)
+    if groups < 8 or not float(stderr) > 0:
+        return value + float(student.ppf(confidence, groups - 1 if groups > 1 else math.inf)) * stderr
+    pseudo = (groups - 1) * (replicates.mean() - replicates)  # centred
+    chosen = torch.randint(groups, (2000, groups), generator=torch.Generator().manual_seed(0))
+    drawn = pseudo[chosen.to(pseudo.device)]
+    spread = drawn.std(1) / groups**0.5
+    studentised = drawn.mean(1) / torch.maximum(spread, 1e-3 * stderr)
+    return value - torch.quantile(studentised, 1 - confidence) * stderr
 
 
 def measured_constraint(

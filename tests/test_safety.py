@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from sim2real import (
@@ -27,7 +28,7 @@ from sim2real import (
     worst_case_gradient,
 )
 from sim2real.estimators import logged_policy_gradient, transitions
-from sim2real.safety import constraint_signal, exceedance
+from sim2real.safety import constraint_signal, exceedance, upper_limit
 from sim2real.simulators import linear_gaussian
 from sim2real.solvers import lyapunov
 from tests.problems import scalar, seeded, stack
@@ -59,13 +60,16 @@ def test_mean_constraint_from_logged_data() -> None:
     exact.backward()
     exact = exact.detach()
     found = constraint_gradient(EFFORT, linear_policy(1), NU, real_log(STD, 100, 40, 0))
-    # four jackknife standard errors (t with 15 degrees of freedom) on three numbers: a false alarm in 300 seeds
+    # four jackknife standard errors on three numbers: a false alarm in about 1000 seeds
     assert abs(float(found.estimate - exact)) < 4 * float(found.stderr)
     assert leaf["gain"].grad is not None
     stderr = (1 - GAMMA) * found.info["stderr"]
     assert bool(((found.grad["gain"] + leaf["gain"].grad).flatten().abs() < 4 * stderr).all())
     assert float(found.stderr) < 0.15 * float(exact)
-    assert float(found.value) == pytest.approx(0.6 - float(found.estimate) - 1.7531 * float(found.stderr), rel=1e-4)
+    # a skewed cost: the upper limit is above that of Student's t
+    assert float(found.value) < 0.6 - float(found.estimate) - float(student.ppf(0.95, 31) * found.stderr)
+    face = constraint_gradient(replace(EFFORT, confidence=0.5), linear_policy(1), NU, real_log(STD, 100, 40, 0))
+    assert float(face.value) == pytest.approx(0.6 - float(found.estimate), rel=1e-12)
     assert found.trusted
 
 
@@ -76,6 +80,30 @@ def test_transitions_are_priced_anew() -> None:
     again = constraint_gradient(EFFORT, linear_policy(1), NU, flat)
     torch.testing.assert_close(again.value, once.value)
     assert measured_constraint(EFFORT, flat) == pytest.approx(measured_constraint(EFFORT, log))
+
+
+def test_upper_limit_of_exponential_means() -> None:
+    # the mean of 40 exponential draws: 95 % limits must hold in 95 %; 600 seeds give a standard error of 0.9 %, and the
+    # bootstrap-t is known to lose about 1 % at this size; Student's t holds in about 90.5 %
+    draws = -torch.rand(600, 40, generator=seeded(0), dtype=torch.float64).log()
+    held, plain = 0, 0
+    for x in draws:
+        replicates = (x.sum() - x) / 39
+        stderr = x.std() / 40**0.5
+        held += float(upper_limit(x.mean(), stderr, replicates, 0.95)) >= 1.0
+        plain += float(x.mean() + float(student.ppf(0.95, 39)) * stderr) >= 1.0
+    assert held / 600 > 0.95 - 0.01 - 4 * 0.009
+    assert held > plain + 6
+
+
+def test_upper_limit_of_few_groups_and_of_none() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0]).double()
+    limit = upper_limit(x.mean(), x.std() / 3**0.5, (x.sum() - x) / 2, 0.9)
+    assert float(limit) == pytest.approx(float(x.mean() + student.ppf(0.9, 2) * x.std() / 3**0.5))
+    assert float(upper_limit(scalar(1.0), scalar(0.5), torch.zeros(0), 0.95)) == pytest.approx(
+        1 + 0.5 * 1.644854, rel=1e-6
+    )
+    assert float(upper_limit(scalar(1.0), scalar(0.0), torch.ones(9), 0.95)) == 1.0
 
 
 def share_above(K: Tensor, limit: float, a: float, b: float) -> Tensor:
@@ -122,7 +150,7 @@ def test_chance_constraint_from_logged_data(width: float) -> None:
         low, high = float(exact), float(share_above(nu["gain"], 1.0, a, b))
         assert low < float(found.estimate) < high
     assert float(found.grad["gain"]) > 0  # more gain is safer here
-    assert float(found.value) == pytest.approx(0.3 - float(found.estimate) - 1.7531 * float(found.stderr), abs=1e-4)
+    assert float(found.value) < 0.3 - float(found.estimate) - float(found.stderr)
 
 
 def test_smoothed_indicator_is_an_upper_bound_and_smooth() -> None:

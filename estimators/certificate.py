@@ -48,8 +48,9 @@ class Certificate:
     """why it does not hold: one sentence each, with the figure, the limit and what to do"""
     info: dict[str, float] = field(default_factory=dict)
     """"tolerance", "product_norm", "gap" (`|w - w_new|`), "uncertainty" (of w_new), "stationarity", "newton_move",
-    "newton_remainder", "damping", "residual", "lowest_curvature", "largest_curvature", "curvature_mismatch",
-    "cross_mismatch", "roughness"; with an audit "audit_bound", "audit_noise", "audit_size", "audit_kink"."""
+    "newton_remainder", "damping", "residual", "lowest_curvature", "largest_curvature", "roughness", "mismatch" (of the
+    second derivatives with differences of gradients); with an audit "audit_bound", "audit_noise", "audit_size",
+    "audit_kink"."""
 
 
 def certify(
@@ -64,7 +65,7 @@ def certify(
     scale: Params | None = None,
     optimum: Resolve | None = None,
     directions: int | None = None,
-    step: float = 1e-4,
+    step: float | None = None,
     derivative_order: Literal[0, 1, 2] = 2,
     max_steps: int = 300,
     generator: torch.Generator | None = None,
@@ -155,7 +156,7 @@ def _audited(
     cotangent: Params,
     optimum: Resolve | None,
     count: int,
-    step: float,
+    step: float | None,
     scale: Params | None,
     generator: torch.Generator | None,
 ) -> Audit | None:
@@ -184,7 +185,14 @@ def _causes(claim: Params, found: Recomputation, at: Params, norm: Norm, allowed
             f"nu is not stationary: Newton's way to the maximum, {found.info['newton_move']:.2e} long, changes the "
             f"product by {moved:.2e}, allowed {allowed:.2e}: train on, or start from this theta's own optimum"
         )
-    if found.uncertainty > 0.5 * allowed or found.remainder > 0.5 or not causes:
+    mismatch = found.info.get("mismatch", 0.0)
+    if mismatch > 0.5 * allowed:
+        causes.append(
+            f"products with the second derivatives of J differ from differences of its gradient, by {mismatch:.2e} in "
+            f"the product, allowed {allowed:.2e}: a part of the model has a wrong or silently zero second derivative; "
+            "pass derivative_order=1, or mend its backward"
+        )
+    elif found.uncertainty > 0.5 * allowed or found.remainder > 0.5 or not causes:
         causes.append(
             f"the product is known to {found.uncertainty:.2e} only, allowed {allowed:.2e}: the curvature of J is "
             "singular for this cotangent, or no maximum is near; train on, or use fewer or regularised parameters"

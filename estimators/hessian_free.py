@@ -19,6 +19,7 @@ theorem 1; V. Thoma et al., Contextual Bilevel Reinforcement Learning for Incent
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -37,16 +38,28 @@ from sim2real.estimators.critic import (
     solve_critic,
 )
 from sim2real.estimators.logged_policy_gradient import check_options, jackknife_stderr, return_range, visit_weights
-from sim2real.estimators.soft_value import Method, StateValue, check_temperature, soft_action_value
+from sim2real.estimators.soft_value import (
+    Method,
+    StateValue,
+    check_temperature,
+    consistency_figures,
+    inconsistency,
+    soft_action_value,
+    soft_consistency,
+)
 from sim2real.estimators.transitions import RealReward, Transitions, transitions
 from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Estimate, Params, ravel, unravel
 from sim2real.policy import Policy
 from sim2real.rollout import Rollout
+from sim2real.solve_report import UnconvergedWarning
 
 ActionValue = Callable[[Params, Tensor, Tensor], Tensor]
 """theta, s `[N, n]`, a `[N, m]` -> in-sim soft action value `[N]`, with its derivative in theta"""
+
+_RowValue = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
+"""the same with the index `[N]` of the state, which says what noise is shared"""
 
 
 def hessian_free_gradient(
@@ -72,6 +85,7 @@ def hessian_free_gradient(
     method: Method = "auto",
     rollouts: int = 1,
     rows_at_once: int = 65536,
+    consistency_tol: float = 0.05,
 ) -> Estimate:
     """Gradient of the real discounted return in theta through the soft optimum, with the estimated return as `value`.
 
@@ -81,6 +95,9 @@ def hessian_free_gradient(
     `logged_policy_gradient`, `info` too: "stderr" `[P]` of the raveled gradient in theta, "value_stderr",
     "effective_sample_size", "bellman_radius" and so on; "rollouts" counts the in-sim rollouts. At most `rows_at_once`
     of them are in memory together. Standard errors cost one reverse pass per group; `groups=0` leaves them out.
+    "consistency" and "consistency_stderr": how far the policy is from soft-optimal over up to 200 of the states, in
+    nats (`soft_consistency`; not with `action_value`, or noise of one row); above `consistency_tol` by two standard
+    errors this warns `UnconvergedWarning`.
     Raises `ValueError` for missing noise, a gradient that is not finite or that misses theta, `CriticError` when the
     data cannot identify the critic, and as `soft_action_value` does.
     """
@@ -95,19 +112,27 @@ def hessian_free_gradient(
     condition, radius = check_identified(system, real_discount, ridge)
     states, weigh = visit_weights(data, initial_states, weighted, real_discount, weights, max(groups, 1))
     fits = _fits(system, weigh, real_discount, ridge, jackknife=groups > 0)
-    if action_value is None:
-        if noise is None:
-            raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
-        value_of = _averaged(_rollouts(mdp, policy, fixed, noise, temperature, soft_value, method), rollouts)
-    else:
+    info: dict[str, Tensor] = {}
+    if action_value is not None:
         given = action_value
-        value_of = lambda th, s, a, rows: given(th, s, a)
+        value_of: _RowValue = lambda th, s, a, rows: given(th, s, a)
+    elif noise is None:
+        raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
+    else:
+        value_of = _averaged(_rollouts(mdp, policy, fixed, noise, temperature, soft_value, method), rollouts)
+        if len(noise.process) > 1:
+            some = states[:: -(-len(states) // 200)].to(noise.process.dtype)
+            options = {"temperature": temperature, "actions": actions, "method": method}
+            info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, some, **options))
+            if doubt := inconsistency(info, consistency_tol):
+                message = f"the Hessian-free gradient is not to be trusted: {doubt}"
+                warnings.warn(message, UnconvergedWarning, stacklevel=2)
     nodes = action_nodes(policy, fixed, states, actions)
     grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once // rollouts)
     low, high = return_range(data, real_discount)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
     figures |= {"return_low": low, "return_high": high, "rollouts": len(states) * len(nodes) * rollouts}
-    info = {key: torch.tensor(float(figure), dtype=torch.float64) for key, figure in figures.items()}
+    info |= {key: torch.tensor(float(figure), dtype=torch.float64) for key, figure in figures.items()}
     visits = fits.state_weights[:, 0]
     info["effective_sample_size"] = visits.sum().square() / visits.square().sum()
     if len(grads) > 1:
@@ -157,7 +182,7 @@ def _rollouts(
     temperature: float,
     soft_value: StateValue | None,
     method: Method,
-) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+) -> _RowValue:
     """theta, s, a, index of the state -> Q_sim; actions compared in one state share a row of the noise."""
     dtype = noise.process.dtype
 
@@ -169,9 +194,7 @@ def _rollouts(
     return value
 
 
-def _averaged(
-    value_of: Callable[[Params, Tensor, Tensor, Tensor], Tensor], rollouts: int
-) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+def _averaged(value_of: _RowValue, rollouts: int) -> _RowValue:
     """The mean of several rollouts per state and action, state i with rows i, i + 1, ... of its own."""
     if rollouts == 1:
         return value_of
@@ -185,7 +208,7 @@ def _averaged(
 
 
 def _pull(
-    value_of: Callable[[Params, Tensor, Tensor, Tensor], Tensor],
+    value_of: _RowValue,
     theta: Params,
     states: Tensor,
     nodes: list[tuple[Tensor, Tensor]],

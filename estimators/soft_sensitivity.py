@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 
 from sim2real.estimators.critic import action_nodes
-from sim2real.estimators.soft_value import Method, StateValue, check_temperature, soft_action_value, soft_consistency
+from sim2real.estimators.soft_value import (
+    Method,
+    StateValue,
+    check_temperature,
+    consistency_figures,
+    inconsistency,
+    soft_action_value,
+    soft_consistency,
+)
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params, check_same_keys
 from sim2real.policy import Policy
@@ -63,10 +71,11 @@ def soft_sensitivity(
 
     `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`; `solve`
     and `damping` (in units of F, 1 / nu^2) belong to the projection. The report is that of the solve for `cotangent`
-    (or a pseudo-random one). info: "consistency", how far the policy is from soft-optimal in the model, in nats
-    (`soft_consistency`; not with `action_value`, or noise of one row). Above `consistency_tol`, or where the solve has
-    not converged, `report.converged` is False, which warns `UnconvergedWarning`, or raises `UnconvergedError` under
-    `strict`. `jvp` differentiates the reverse pass: it needs a model of derivative_order 2, or the score.
+    (or a pseudo-random one). info: "consistency" and "consistency_stderr", how far the policy is from soft-optimal in
+    the model, in nats (`soft_consistency`; not with `action_value`, or noise of one row). By two standard errors above
+    `consistency_tol`, or where the solve has not converged, `report.converged` is False, which warns
+    `UnconvergedWarning`, or raises `UnconvergedError` under `strict`. `jvp` differentiates the reverse pass: it needs a
+    model of derivative_order 2, or the score.
     Raises `ValueError` for missing noise, shapes that do not match and as `soft_action_value` does, `KeyError` for
     other keys.
     """
@@ -90,9 +99,8 @@ def soft_sensitivity(
             rows = rows % len(noise.process)
             q = soft_action_value(mdp, policy, leaves, fixed, noise, *tiled, rows=rows, **options)
             if len(noise.process) > 1:
-                info["consistency"] = soft_consistency(
-                    mdp, policy, theta, fixed, noise, states, temperature=temperature, actions=actions
-                )
+                options = {"temperature": temperature, "method": method, "actions": actions}
+                info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, states, **options))
         else:
             raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
     if q.shape != tiled[0].shape[:1] or not q.requires_grad:
@@ -104,7 +112,7 @@ def soft_sensitivity(
     else:
         fisher = partial(solve, damping=damping)
         chain, report = _of_nu(pull, push, policy, fixed, tiled, shares, temperature, fisher, cotangent)
-    report = _judged(report, info.get("consistency"), consistency_tol, strict)
+    report = _judged(report, info, consistency_tol, strict)
     like = nu if taken is None else {"log_prob": q[: len(states)].detach()}
 
     def vjp(g: Params) -> Params:
@@ -209,12 +217,11 @@ def _products(output: Tensor, leaves: Params) -> tuple[Callable[[Tensor], Params
     return pull, push
 
 
-def _judged(report: SolveReport, consistency: Tensor | None, tol: float, strict: bool) -> SolveReport:
+def _judged(report: SolveReport, info: dict[str, Tensor], tol: float, strict: bool) -> SolveReport:
     """The report with what the policy's own distance from the soft optimum says; warns or raises where it must."""
-    gap = 0.0 if consistency is None else float(consistency)
-    if gap > tol:
-        status = f"{report.status}; the policy is {gap:.2g} nats from soft-optimal in the model, allowed {tol:g}"
-        report = replace(report, converged=False, status=status)
+    doubt = inconsistency(info, tol)
+    if doubt:
+        report = replace(report, converged=False, status=f"{report.status}; {doubt}")
     if not report.converged:
         message = f"the soft sensitivity is not to be trusted: {report.status}"
         if strict:

@@ -21,7 +21,7 @@ References: T. Haarnoja, H. Tang, P. Abbeel and S. Levine, Reinforcement Learnin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -135,31 +135,47 @@ def soft_consistency(
     *,
     temperature: float,
     actions: Tensor | None = None,
-) -> Tensor:
+    method: Method = "auto",
+) -> tuple[Tensor, Tensor]:
     """How far the policy is from soft-optimal in the model, in nats: `E_s Var_a[Q - lambda log pi] / (2 lambda^2)`.
 
-    Zero exactly where pi = exp((Q - V) / lambda); to second order it is the divergence KL(pi || exp(Q / lambda) / Z).
-    Two independent halves of `noise` (B >= 2) are multiplied, so that the noise of the rollouts adds no bias; near zero
-    the figure may come out negative. `actions [A, m]` lists a finite set.
+    With its standard error over the states. Zero exactly where pi = exp((Q - V) / lambda); to second order it is the
+    divergence KL(pi || exp(Q / lambda) / Z). Two independent halves of `noise` (B >= 2) are multiplied, so that the
+    noise of the rollouts adds no bias; near zero the figure may come out negative. `actions [A, m]` lists a finite set.
+    Raises `ValueError` for noise of one row and as `soft_action_value` does.
     """
     check_temperature(temperature)
     half = len(noise.process) // 2
     if half < 1:
         raise ValueError("two independent rollouts are needed: pass noise of at least 2 rows")
-    nodes = action_nodes(policy, nu, states, actions)
-    shares = torch.stack([share for _, share in nodes])
-    parts = []
+    options = {"temperature": temperature, "method": method}
     with torch.no_grad():
-        log_pi = torch.stack([policy.log_prob(nu, states, action) for action, _ in nodes])
-        for rows in (slice(0, half), slice(half, 2 * half)):
-            own = replace(noise, process=noise.process[rows], policy=noise.policy[rows])
-            q = [
-                soft_action_value(mdp, policy, theta, nu, own, states, action, temperature=temperature)
-                for action, _ in nodes
-            ]
-            excess = torch.stack(q) - temperature * log_pi
+        nodes = action_nodes(policy, nu, states, actions)
+        shares = torch.stack([share for _, share in nodes])
+        every = torch.cat([action for action, _ in nodes])
+        tiled = states.repeat(len(nodes), 1)
+        entropy = temperature * policy.log_prob(nu, tiled, every).reshape(shares.shape)
+        own = torch.arange(len(states), device=states.device).repeat(len(nodes)) % half
+        parts = []
+        for rows in (own, own + half):
+            q = soft_action_value(mdp, policy, theta, nu, noise, tiled, every, rows=rows, **options)
+            excess = q.reshape(shares.shape) - entropy
             parts.append(excess - (shares * excess).sum(0))
-    return (shares * parts[0] * parts[1]).sum(0).mean() / (2 * temperature**2)
+    each = (shares * parts[0] * parts[1]).sum(0) / (2 * temperature**2)
+    return each.mean(), each.std(correction=0) / len(each) ** 0.5
+
+
+def consistency_figures(measured: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What `soft_consistency` returns, as entries of an `info`."""
+    return dict(zip(("consistency", "consistency_stderr"), measured, strict=True))
+
+
+def inconsistency(info: dict[str, Tensor], tol: float) -> str:
+    """Why "consistency" with its "consistency_stderr" says that the policy is no soft optimum; empty if it does not."""
+    gap, stderr = (float(info.get(key, 0.0)) for key in ("consistency", "consistency_stderr"))
+    if gap - 2 * stderr <= tol:
+        return ""
+    return f"the policy is {gap:.2g} nats from soft-optimal in the model, allowed {tol:g}: train it further"
 
 
 def check_temperature(temperature: float, *, allow_zero: bool = False) -> None:

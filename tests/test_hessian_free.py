@@ -5,6 +5,7 @@ the critic is exact; with exact in-sim action values the formula must then hold 
 """
 
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +27,9 @@ from sim2real.params import Params, ravel, unravel
 from sim2real.policy import Policy, boltzmann_policy
 from sim2real.rollout import Rollout, rollout
 from sim2real.simulators import linear_gaussian
+from sim2real.solve_report import UnconvergedWarning
 from sim2real.solvers import linear_noise_policy, lyapunov, policy_optimum, soft_lqr
+from sim2real.tuning import tune_step
 
 LAMBDA, SIM, REAL = 0.3, 0.9, 0.95
 """temperature, discount of the model, discount of the real task"""
@@ -193,7 +196,7 @@ def test_rollouts_give_the_gradient_of_a_black_box() -> None:
     wanted = torch.func.grad(real_return)(THETA)["x"]
     mdp, policy = finite_model(), boltzmann()
     estimates = []
-    for seed in range(8):
+    for seed in range(6):
         estimate = hessian_free_gradient(
             mdp,
             policy,
@@ -211,9 +214,9 @@ def test_rollouts_give_the_gradient_of_a_black_box() -> None:
             rows_at_once=50,
         )
         estimates.append(estimate.grad["x"])
-    mean, stderr = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 8**0.5
-    # t with 7 degrees of freedom, 5.4 standard errors: false alarm 0.4 % over four entries; 0.9^60 cuts 0.2 %
-    assert bool(((mean - wanted).abs() < 5.4 * stderr + 4e-3 * wanted.norm()).all())
+    mean, stderr = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 6**0.5
+    # t with 5 degrees of freedom, 7 standard errors: false alarm 0.4 % over four entries; 0.9^60 cuts 0.2 %
+    assert bool(((mean - wanted).abs() < 7 * stderr + 4e-3 * wanted.norm()).all())
     assert float(stderr.norm() / wanted.norm()) < 0.5
 
 
@@ -347,6 +350,40 @@ def test_with_exact_values_both_routes_are_one_number_on_any_log() -> None:
         torch.testing.assert_close(found.info[name], gradient.info[name])
 
 
+def test_a_policy_that_is_no_soft_optimum_is_named() -> None:
+    policy, mdp = linear_noise_policy(1), lqr_model()
+    noise, log = sample_noise(mdp, policy, 300, 40, seeded(27)), lqr_log()
+    options = {"temperature": LAMBDA, "real_discount": REAL, "groups": 0}
+    off = soft(MODEL) | {"gain": soft(MODEL)["gain"] + stack([0.5, 0.5])}
+    with pytest.warns(UnconvergedWarning, match="nats from soft-optimal"):
+        hessian_free_gradient(mdp, policy, MODEL, off, log, noise, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hessian_free_gradient(mdp, policy, MODEL, soft(MODEL), log, noise, **options)
+    assert abs(float(found.info["consistency"])) < 0.01
+
+
+def test_tune_step_takes_it_as_its_hypergradient() -> None:
+    log, policy, mdp = lqr_log(), linear_noise_policy(1), lqr_model()
+    out = tune_step(
+        mdp,
+        policy,
+        MODEL,
+        soft(MODEL),
+        log,
+        None,
+        real_reward=None,
+        real_discount=REAL,
+        optimum=lambda theta, nu: soft(theta),
+        objective=lambda theta, nu: -gaussian_cost(theta, nu, SIM)[0].trace(),
+        hypergradient=partial(hessian_free_gradient, temperature=LAMBDA, action_value=lqr_action_value),
+    )
+    wanted = torch.func.grad(partial(closed_form_return, first=log.states[:, 0]))(MODEL)
+    for key, value in wanted.items():
+        torch.testing.assert_close(out.grad[key], value, rtol=1e-8, atol=1e-8)
+    assert "value_replicates" in out.info
+
+
 def test_several_rollouts_and_small_batches_average_the_same() -> None:
     log, policy, mdp, nu = lqr_log(8, 5), linear_noise_policy(1), lqr_model(), soft(MODEL)
     noise = sample_noise(mdp, policy, 30, 8, seeded(22))
@@ -423,16 +460,16 @@ def test_soft_lqr_refuses(options: dict[str, float], words: str) -> None:
 
 def test_training_on_the_soft_return_finds_the_soft_optimum() -> None:
     policy, mdp = linear_noise_policy(1), lqr_model()
-    noise = sample_noise(mdp, policy, 400, 60, seeded(15))
+    noise = sample_noise(mdp, policy, 200, 40, seeded(15))
     J = lambda theta, nu: soft_return(mdp, policy, theta, nu, noise, temperature=LAMBDA)
     start = {"gain": torch.zeros(1, 2, dtype=torch.float64), "factor": stack([1.0])}
     found = policy_optimum(J, MODEL, start, tol=1e-7)
     assert found.report.converged
-    # 400 x 60 draws of the policy's noise: about 1 % on its variance, less on the gain
+    # 200 x 40 draws of the policy's noise: 1.6 % on its variance; 200 starts, 3 % on the gain
     torch.testing.assert_close(found.nu["factor"], soft(MODEL)["factor"], rtol=0.03, atol=0)
-    torch.testing.assert_close(found.nu["gain"], soft(MODEL)["gain"], rtol=0, atol=0.03)
+    torch.testing.assert_close(found.nu["gain"], soft(MODEL)["gain"], rtol=0, atol=0.06)
     s = draw(16, 40, 2)
-    gap = soft_consistency(mdp, policy, MODEL, found.nu, noise, s, temperature=LAMBDA)
+    gap, _ = soft_consistency(mdp, policy, MODEL, found.nu, noise, s, temperature=LAMBDA)
     assert abs(float(gap)) < 5e-3  # nats; the start is at several
 
 
@@ -448,9 +485,10 @@ def test_soft_consistency_is_the_distance_from_the_optimum() -> None:
     q = -0.5 * actions**2 - SIM * ((following @ P) * following).sum(-1)
     excess = q + LAMBDA * 0.5 * nodes**2
     wanted = (share * (excess - excess @ share[:, None]) ** 2).sum(-1).mean() / (2 * LAMBDA**2)
-    found = soft_consistency(mdp, policy, MODEL, nu, noise, s, temperature=LAMBDA)
+    found, stderr = soft_consistency(mdp, policy, MODEL, nu, noise, s, temperature=LAMBDA)
     # 60 pairs of rollouts whose common noise adds a term linear in the action: about 5 %
     torch.testing.assert_close(found, wanted, rtol=0.2, atol=0)
+    assert 0 < float(stderr) < float(found)
 
 
 # ------------------------------------------------------------------------- hybrid actions, enumerated over the nodes

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from benchmarks.equivalence import named, policy_iteration, random_table, violations
@@ -157,3 +159,30 @@ def test_inputs_that_do_not_fit() -> None:
         modified_reward(replace(world, transition=world.transition[:, :, :3]), world)
     with pytest.raises(ValueError, match="weights must be"):
         equivalence_gap(world, world, weights=torch.zeros(5, 2))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 3)),
+    discounts=st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99)),
+    temperature=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_pair_with_discounts_below_one(
+    shape: tuple[int, int], discounts: tuple[float, float], temperature: float, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    mdps = []
+    for gamma in discounts:
+        rows = draw.random((*shape, shape[0])) * (draw.random((*shape, shape[0])) < 0.5)  # unreachable states included
+        rows[..., draw.integers(shape[0])] += 1e-3
+        rows = rows / rows.sum(-1, keepdims=True)
+        mdps.append(TabularMDP(torch.tensor(draw.standard_normal(shape)), torch.tensor(rows), gamma))
+    world, model = mdps
+    found = modified_reward(world, model, temperature=temperature)
+    gap = equivalence_gap(world, found.model, temperature=temperature)
+    # both values are accurate to the solver's 1e-11, times 1 / (1 - 0.99)
+    assert gap.q_max <= 1e-8
+    assert gap.regret_max <= 1e-8
+    if temperature == 0.0:
+        np.testing.assert_allclose(policy_iteration(found.model), policy_iteration(world), atol=1e-10)

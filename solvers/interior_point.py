@@ -69,8 +69,9 @@ def balance(program: Program) -> tuple[Program, Scaling]:
     H, g, A, b, G, h = program
     column, row_A, row_G = torch.ones_like(g), torch.ones_like(b), torch.ones_like(h)
     for _ in range(12):
-        stacked = torch.cat([H.abs(), A.abs(), G.abs()], -2).amax(-2)
-        columns, equal, unequal = (_inverse_root(v) for v in (stacked, A.abs().amax(-1), G.abs().amax(-1)))
+        sizes = [M.abs() for M in (H, A, G)]
+        largest = torch.stack([size.amax(-2) for size in sizes if size.shape[-2]]).amax(0)
+        columns, equal, unequal = (_inverse_root(v) for v in (largest, sizes[1].amax(-1), sizes[2].amax(-1)))
         H = columns.unsqueeze(-1) * H * columns.unsqueeze(-2)
         A, G = (e.unsqueeze(-1) * M * columns.unsqueeze(-2) for e, M in ((equal, A), (unequal, G)))
         column, row_A, row_G = column * columns, row_A * equal, row_G * unequal
@@ -89,7 +90,7 @@ def residual(program: Program, point: Point) -> tuple[Tensor, Tensor]:
     H, g, A, b, G, h = program
     x, y, z, _ = point
     parts = (apply(H, x), g, apply(A.mT, y), apply(G.mT, z))
-    floor = _NOTHING * torch.cat([g, b, torch.where((G == 0).all(-1), 0.0, h)], -1).abs().amax(-1)
+    floor = _NOTHING * torch.cat([g, b, h], -1).abs().amax(-1)
     floor = torch.where(floor > 0, floor, _NOTHING)
     dual = torch.stack([*(part.abs().amax(-1) for part in parts), floor]).amax(0)
     primal = torch.maximum(torch.cat([x, b, g], -1).abs().amax(-1), floor)
@@ -105,9 +106,9 @@ def residual(program: Program, point: Point) -> tuple[Tensor, Tensor]:
     return worst.abs().amax(-1).nan_to_num(math.inf), torch.stack([primal, dual], -1)
 
 
-def interior_point(program: Program, *, max_steps: int, tol: float = 1e-9) -> Point:
+def interior_point(program: Program, *, max_steps: int, tol: float = 1e-9, start: Point | None = None) -> Point:
     """Iterates until the residual is below tol, rounding stops them, or `max_steps` are taken; see `residual`."""
-    point = first_point(program)
+    point = first_point(program) if start is None else start
     todo = torch.arange(program.g.shape[0], device=program.g.device)
     best, error = point, residual(program, point)[0]
     none = torch.zeros_like(error).unsqueeze(-1)
@@ -234,7 +235,7 @@ def _on_active_set(program: Program, point: Point, active: Tensor) -> Point:
     d = torch.cat([b, take_rows(h.unsqueeze(-1), index).squeeze(-1)], -1)
     solve = _kkt(H, C)
     x, multipliers = point.x, torch.zeros_like(d)
-    for _ in range(6):
+    for _ in range(4):
         dx, change = solve(-(apply(H, x) + g + apply(C.mT, multipliers)), d - apply(C, x))
         x, multipliers = x + dx, multipliers + change
     y, z = multipliers[:, : b.shape[-1]], torch.zeros(h.shape[0], h.shape[-1] + 1, dtype=h.dtype, device=h.device)

@@ -52,8 +52,8 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
     """All B programs; those without a solution get x = NaN, and y and z, or the ray, that prove it."""
     p, m = program.b.shape[-1], program.h.shape[-1]
     scaled, scaling = balance(Program(*program[:4], *present(*program[4:])))
-    point, active = polish(scaled, interior_point(scaled, max_steps=max_steps), tol=1e-2 * tol)
-    error, scales = residual(scaled, point)
+    point, active, error = _two_stages(scaled, tol, max_steps)
+    scales = residual(scaled, point)[1]
     status = torch.where(error <= tol, SOLVED, UNCONVERGED)
     index, multipliers = _independent(scaled, point, active)
     unique, shift = _flat_directions(scaled, index)
@@ -100,6 +100,22 @@ def present(G: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         G, h = G.new_zeros(*G.shape[:-2], 1, G.shape[-1]), h.new_zeros(*h.shape[:-1], 1)
     absent = (h == math.inf) | ((G == 0).all(-1) & (h >= 0))
     return torch.where(absent.unsqueeze(-1), 0.0, G), torch.where(absent, 1.0, h)
+
+
+def _two_stages(program: Program, tol: float, max_steps: int) -> tuple[Point, Tensor, Tensor]:
+    """Point, active set and residual: most active sets show well before the interior point has converged."""
+    early = interior_point(program, max_steps=max_steps, tol=1e-4)
+    point, active = polish(program, early, tol=1e-2 * tol, corrections=2)
+    error = residual(program, point)[0]
+    late = (error > tol).nonzero()[:, 0]
+    if len(late):
+        part, start = rows(program, late), Point(*(value[late] for value in early))
+        converged = interior_point(part, max_steps=max_steps, start=start)
+        again, active_again = polish(part, converged, tol=1e-2 * tol)
+        point = Point(*(old.index_copy(0, late, new) for old, new in zip(point, again, strict=True)))
+        active = active.index_copy(0, late, active_again)
+        error = error.index_copy(0, late, residual(part, again)[0])
+    return point, active, error
 
 
 def explain(program: Program, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,21 +6,16 @@ import pytest
 import torch
 
 from benchmarks.economic import (
-    Task,
     best_fitting,
     best_performing,
-    evaporator,
     in_sim_noise,
     in_sim_return,
-    policy_of,
-    reactor,
     real_returns,
     s_economic,
-    start_of,
     trained,
-    truth,
     tuned,
 )
+from benchmarks.economic_tasks import Task, evaporator, policy_of, reactor, start_of, truth
 from sim2real.params import Params
 from sim2real.solvers import policy_optimum
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,14 +15,12 @@ from sim2real.fit import Comparison, FitResult
 from sim2real.fit_facts import ParameterRow
 from sim2real.identifiability import describe
 from sim2real.parameter_file import ParameterSet
-from sim2real.tune_figures import Gaussian, log_likelihood, measured, tune_figures
-from sim2real.tuning import TuneResult
 
 
 def fit_report(result: FitResult, parameters: ParameterSet, model: str) -> str:
     """HTML of a fit; `parameters` is what `params.json` holds, `model` the simulator's name."""
     shown = result.left_out or result.training
-    return _render(
+    return render(
         "fit.html",
         parameters,
         model=model,
@@ -37,40 +35,7 @@ def fit_report(result: FitResult, parameters: ParameterSet, model: str) -> str:
         directions=[describe(direction) for direction in result.directions],
         solve=f"{result.report.status or 'no status'}; {result.report.steps} steps, "
         f"gradient norm {number(result.report.residual)}.",
-        figures={name: _inline(svg) for name, svg in fit_figures(result).items()},
-    )
-
-
-def tune_report(result: TuneResult, parameters: ParameterSet, likelihood: Gaussian | None = None) -> str:
-    """HTML of a tuning run; `likelihood`: mean and precision of the fit it started from."""
-    history = result.history
-    units = {name: row.get("unit", "") for name, row in parameters.parameters.items()}
-    figures = tune_figures(result, units, likelihood) if history else {}
-    solve = f"{result.report.status or 'no status'}; gradient norm {number(result.report.residual)}."
-    return _render(
-        "tune.html",
-        parameters,
-        model=parameters.model["_target_"].rpartition(".")[2],
-        status=_tune_status(result),
-        headline=_tune_headline(result, likelihood) if history else [],
-        parameter_head=["parameter", "start", "tuned", "change", "unit"],
-        rows=[cells for name, row in parameters.parameters.items() for cells in _tuned_rows(name, row)],
-        policy_text=_policy_text(result),
-        policy=_policy_blocks(result, parameters.report.get("names", {})),
-        solve=solve,
-        iteration_head=[
-            "iteration",
-            "real return",
-            "± 90 %",
-            "step",
-            "radius",
-            "gradient",
-            "transitions",
-            "ESS",
-            "kept",
-        ],
-        iterations=[_iteration_cells(record) for record in history],
-        figures={name: _inline(svg) for name, svg in figures.items()},
+        figures={name: inline(svg) for name, svg in fit_figures(result).items()},
     )
 
 
@@ -97,13 +62,15 @@ def interval_text(low: float, high: float) -> str:
     return f"{number(low)} … {number(high)}"
 
 
-def _render(template: str, parameters: ParameterSet, **content: Any) -> str:
+def render(template: str, parameters: ParameterSet, **content: Any) -> str:
+    """HTML of a template with the notes and the provenance of `parameters`; everything else is escaped."""
     environment = Environment(loader=PackageLoader("sim2real"), autoescape=True, undefined=StrictUndefined)
     provenance = _provenance(parameters)
     return environment.get_template(template).render(notes=parameters.notes, provenance=provenance, **content)
 
 
-def _inline(svg: str) -> str:
+def inline(svg: str) -> str:
+    """SVG text as an address that an image loads without leaving the file."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
@@ -174,75 +141,3 @@ def _calm(name: str, scored: Evaluation) -> list[str]:
 
 def _with_unit(value: float, scored: Evaluation) -> str:
     return f"{number(value)} {scored.unit}"
-
-
-def _tune_status(result: TuneResult) -> str:
-    if result.waiting:
-        return f"Waiting for real rollouts of the policy exported after {len(result.history)} iterations."
-    undone = sum(not record["accepted"] for record in result.history)
-    state = "Converged" if result.report.converged else "Ended"
-    return f"{state} after {len(result.history)} iterations, {undone} of them undone."
-
-
-def _tune_headline(result: TuneResult, likelihood: Gaussian | None) -> list[dict[str, str]]:
-    kept = [record for record in result.history if record["accepted"]]
-    (start, start_error), (end, end_error) = measured(kept[0]), measured(kept[-1])
-    cards = [
-        {"value": _with_error(start, start_error), "label": "real return, start parameters (± 90 %)"},
-        {"value": _with_error(end, end_error), "label": "real return, tuned (± 90 %)"},
-        {"value": number(end - start, 3), "label": "gain"},
-        {"value": number(kept[-1].get("transitions"), 6), "label": "real transitions used"},
-    ]
-    if likelihood is not None:
-        cost = -log_likelihood(kept[-1], likelihood)
-        cards.append({"value": f"{number(cost, 3)} nat", "label": "likelihood given up"})
-    return cards
-
-
-def _with_error(value: float, stderr: float) -> str:
-    return number(value) if not math.isfinite(stderr) else f"{number(value)} ± {number(1.645 * stderr, 2)}"
-
-
-def _tuned_rows(name: str, row: Mapping[str, Any]) -> list[list[str]]:
-    """One table row per number: name, start, tuned, change, unit; a matrix gives a row per entry."""
-    start, value = row["initial"], row["value"]
-    if isinstance(value, list):
-        parts = [(f"{name}[{k}]", a, b) for k, (a, b) in enumerate(zip(start, value, strict=True))]
-        return [cells for part, a, b in parts for cells in _tuned_rows(part, {**row, "initial": a, "value": b})]
-    change = "–" if start == 0 else f"{100 * (value - start) / abs(start):+.1f} %"
-    return [[name, number(start, 5), number(value, 5), change if row["tuned"] else "held", row["unit"]]]
-
-
-def _iteration_cells(record: Mapping[str, float]) -> list[str]:
-    value, stderr = measured(record)
-    rest = [record.get(name) for name in ("step_norm", "radius", "gradient_norm")]
-    return [
-        str(int(record["iteration"])),
-        number(value, 5),
-        number(1.645 * stderr, 2),
-        *(number(item, 3) for item in rest),
-        number(record.get("transitions"), 6),
-        number(record.get("effective_sample_size"), 4),
-        "yes" if record["accepted"] else "undone",
-    ]
-
-
-def _policy_text(result: TuneResult) -> str:
-    count = sum(value.numel() for value in result.nu.values())
-    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in result.nu.items())
-    return f"{count} parameters: {shapes}. The exported form lies in policy/."
-
-
-def _policy_blocks(result: TuneResult, names: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Small policies as tables: one per parameter of at most 8 x 8; a gain has the names of states and actions."""
-    blocks = []
-    for name, value in result.nu.items():
-        matrix = value.reshape(1, -1) if value.ndim < 2 else value
-        if matrix.ndim == 2 and max(matrix.shape) <= 8:
-            actions, states = names.get("action", ()), names.get("state", ())
-            named = name == "gain" and matrix.shape == (len(actions), len(states))
-            left = actions if named else [f"row {k}" for k in range(matrix.shape[0])]
-            top = states if named else [f"column {k}" for k in range(matrix.shape[1])]
-            rows = [[k, *(number(item, 5) for item in row)] for k, row in zip(left, matrix.tolist(), strict=True)]
-            blocks.append({"head": [name, *top], "rows": rows})
-    return blocks

@@ -34,7 +34,10 @@ from sim2real.params import Params
 from sim2real.policy import Policy, linear_policy, module_policy
 from sim2real.policy_export import export_policy
 from sim2real.real_rollouts import check_signals, environment, growing_folder
-from sim2real.report import tune_report
+from sim2real.safety import Constraint, constraint_gradient
+from sim2real.tune_posterior import calibration_of, gaussian, plausibility, randomized_return
+from sim2real.tune_report import tune_report
+from sim2real.tune_task import Limit
 from sim2real.tuning import Collect, RealReward, TuneResult, TuneSettings, tune
 from sim2real.workspace import Workspace, open_workspace, save_snapshot, write_log_line
 
@@ -68,7 +71,7 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
         parameters = _parameters(result, task, provenance("tune", config, words, task.log))
         write_parameters(folder, parameters)
         if config.report:
-            html = tune_report(result, parameters, _gaussian(task.given, task.free))
+            html = tune_report(result, parameters, gaussian(task.given, task.free))
             write_atomic(folder / "report.html", html.encode())
         else:
             (folder / "report.html").unlink(missing_ok=True)  # of an earlier result
@@ -106,6 +109,7 @@ def _check_numbers(config: TuneConfig) -> None:
     for name, value, wanted, holds in (
         ("discount", config.discount, "0 to 1", 0 <= config.discount <= 1),
         ("horizon", config.horizon, "> 0 and finite", 0 < config.horizon < inf),
+        ("randomize", config.randomize, ">= 0", config.randomize >= 0),
         ("batch", config.batch, ">= 1", config.batch >= 1),
         ("data.rollouts", config.data.rollouts, ">= 1", config.data.rollouts >= 1),
         ("data.exploration", config.data.exploration, ">= 0 and finite", 0 <= config.data.exploration < inf),
@@ -163,6 +167,8 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
     generator = torch.Generator().manual_seed(config.seed)
     steps = max(1, round(config.horizon / task.mdp.dt))
     noise = sample_noise(task.mdp, task.policy, config.batch, steps, generator)
+    drawn: dict[str, Any] = {"given": task.given, "free": task.free, "count": config.randomize, "generator": generator}
+    randomized = randomized_return(task.mdp, task.policy, task.theta, noise, **drawn)
     write_log_line(folder, "tune.log", f"resumed after iteration {done}" if found else "started")
     if found and found.fallback:
         write_log_line(folder, "tune.log", f"note: {found.fallback}")
@@ -188,7 +194,10 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
         box=task.mdp.box,
         free=task.free,
         scale={name: value.abs() for name, value in task.theta.items() if bool((value != 0).all())},
-        likelihood=_gaussian(task.given, task.free),
+        likelihood=gaussian(task.given, task.free),
+        objective=randomized,
+        constraints=_constraints(config, task.policy),
+        calibration=calibration_of(task.mdp, task.log, task.given) if config.calibration else None,
         generator=generator,
         on_step=on_step,
         state=None if found is None else found.tensors,
@@ -226,19 +235,26 @@ def _collect(config: TuneConfig, task: Task, workspace: Workspace) -> Collect | 
     return None
 
 
-def _gaussian(given: ParameterSet | None, free: Sequence[str]) -> tuple[Params, Tensor] | None:
-    """Mean and precision of the fit's estimate over `free`; None without a fit. What it left open weighs nothing."""
-    kept = {} if given is None else given.report.get("covariance", {})
-    known = [k for k, name in enumerate(free) if name in kept.get("names", ())]
-    if given is None or not known:
-        return None
-    full = torch.tensor([[0.0 if v is None else v for v in row] for row in kept["matrix"]], dtype=torch.float64)
-    precision = torch.zeros(len(free), len(free), dtype=torch.float64)
-    chosen = torch.tensor([kept["names"].index(free[k]) for k in known])
-    inverse = torch.linalg.pinv(full[chosen][:, chosen], hermitian=True, rtol=1e-12)
-    precision[torch.tensor(known).unsqueeze(1), torch.tensor(known)] = inverse
-    mean = {name: torch.tensor(given.parameters[name]["value"], dtype=torch.float64) for name in free}
-    return mean, precision
+def _constraints(config: TuneConfig, policy: Policy) -> dict[str, Limit]:
+    """The limit of the configuration by name, as `tune` takes it. Raises `UsageError`."""
+    options = config.constraint
+    if options.cost is None:
+        return {}
+    cost = resolve_function(options.cost, "constraint.cost")
+    try:
+        constraint = Constraint(
+            options.name,
+            cost,
+            options.limit,
+            kind="chance" if options.kind == "chance" else "mean",
+            discount=min(config.discount, 1 - 1e-6),
+            confidence=options.confidence,
+            probability=options.probability,
+            width=options.width,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return {options.name: lambda nu, data: constraint_gradient(constraint, policy, nu, data)}
 
 
 def _parameters(result: TuneResult, task: Task, origin: dict[str, Any]) -> ParameterSet:
@@ -255,6 +271,7 @@ def _parameters(result: TuneResult, task: Task, origin: dict[str, Any]) -> Param
     report = {k: v for k, v in vars(result.report).items() if k in ("converged", "steps", "status", "residual")}
     report["names"] = {key: list(task.mdp.names.get(key, ())) for key in ("state", "action")}
     report["policy"] = {name: value.tolist() for name, value in result.nu.items()}
+    report |= plausibility(result)
     return ParameterSet("tune", task.spec, rows, nuisance, report, result.notes, origin)
 
 

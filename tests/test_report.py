@@ -12,14 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from sim2real.calibration import Calibration
 from sim2real.evaluation import Evaluation, RunScore
 from sim2real.fit import Comparison, FitResult
 from sim2real.fit_facts import ParameterRow
+from sim2real.null_space import Freedom
 from sim2real.parameter_file import ParameterSet
-from sim2real.report import fit_report, interval_text, number, row_flags, tune_report
+from sim2real.report import fit_report, interval_text, number, row_flags
 from sim2real.solve_report import SolveReport
 from sim2real.tables import evaluation_tables, fit_tables, tune_tables
 from sim2real.tune_figures import log_likelihood, measured
+from sim2real.tune_finish import TradeOff
+from sim2real.tune_report import tune_report
 from sim2real.tuning import TuneResult
 
 HOSTILE = "<script>alert('log')</script> & \"friends\""
@@ -151,6 +155,60 @@ def test_the_tuning_report_is_self_contained() -> None:
     for text in ("+25.0 %", "A[0][0]", "held", "undone", "velocity", "25 nat"):
         assert text in html
     check_self_contained(tune_report(tuned(), parameters("tune")), 3)
+
+
+def trusted() -> TuneResult:
+    """A run with certificates, a constraint, freedom, calibration and a trade-off curve; one certificate failed."""
+    whole = tuned()
+    judged = {"certified": 1.0, "error_bound": 0.02, "relative_bound": 0.013, f"margin.{HOSTILE}": 0.25}
+    history = tuple(
+        {**row, **judged, **({"certified": 0.0, "relative_bound": math.inf} if k == 3 else {})}
+        for k, row in enumerate(whole.history)
+    )
+    free = Freedom(whole.theta, whole.nu, 3, (-12.0, -4.5), (-5.0, -5.0), 1e-9, 4, "converged")
+    levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
+
+    def figures_of(rmse: float, coverage: list[float]) -> Calibration:
+        shares = torch.full((2, 10), 0.1, dtype=torch.float64)
+        observed = torch.tensor([coverage, coverage], dtype=torch.float64)
+        errors = torch.tensor([[rmse, 2 * rmse], [2 * rmse, math.inf]], dtype=torch.float64)
+        nll = torch.tensor([rmse, math.inf], dtype=torch.float64)
+        spread = torch.full((2, 3), 0.02, dtype=torch.float64)
+        gap = float((observed - levels).abs().mean())
+        return Calibration(
+            (HOSTILE, "b$_{"), "rad", (0.01, 0.5), errors, nll, levels, observed, spread, shares, gap, 321, 2
+        )
+
+    curve = tuple(
+        TradeOff(w, whole.theta, whole.nu, -5.0 - k, 0.3, -4.0 + k) for k, w in enumerate((0.0, 0.7, math.inf))
+    )
+    pair = (figures_of(0.02, [0.5, 0.9, 0.99]), figures_of(0.05, [0.3, 0.7, 0.9]))
+    return dataclasses.replace(whole, history=history, freedom=free, calibration=pair, trade_off=curve)
+
+
+def test_the_tuning_report_says_what_to_trust_and_what_it_cost() -> None:
+    likelihood = ({"mgl": torch.tensor(2.0).double()}, torch.tensor([[200.0]]).double())
+    html = tune_report(trusted(), parameters("tune"), likelihood)
+    check_self_contained(html, 7)
+    for text in (
+        "6 of 6 candidates were judged. 1 failed, and those steps were refused.",
+        "The error of a certified gradient is at most 1.3 % of it.",
+        "3 directions of the tuned parameters leave it as it is",
+        "log-likelihood -12 → -4.5 nat",
+        "0 % at the start, 16 % tuned",
+        "in 2 of them the tuned model diverges",
+        "RMSE of",
+        "70 %",
+        "∞ (start)",
+        "0 (tuned)",
+        "margin of",
+        "refused",
+    ):
+        assert text in html, text
+    assert html == tune_report(trusted(), parameters("tune"), likelihood)
+    plain = tune_report(tuned(), parameters("tune"), likelihood)
+    assert "No gradient of this run was certified" in plain
+    assert "Predictive calibration" not in plain
 
 
 def test_a_run_without_iterations_waits() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from sim2real.cli import main
 from sim2real.parameter_file import ParameterSet, read_parameters
-from sim2real.tune_command import _gaussian
+from sim2real.tune_posterior import gaussian
 
 WORLD = """
 import gymnasium, torch
@@ -97,6 +97,103 @@ def test_a_callable_improves_the_real_return_and_exports_the_policy(
     assert read_parameters(Path("run")).kind == "tune"
 
 
+SCALARS = """
+from dataclasses import replace
+import torch
+from sim2real import Box
+from sim2real.simulators import linear_gaussian
+from tune_world import A, B
+
+def matrices(theta):
+    one, zero = torch.ones_like(theta["a"]), torch.zeros_like(theta["a"])
+    rows = torch.stack([torch.stack([one, theta["d"]], -1), torch.stack([zero, theta["a"]], -1)], -2)
+    return {"A": rows, "B": torch.stack([zero, theta["b"]], -1).unsqueeze(-1)}
+
+def model(dt=1.0):
+    plain = linear_gaussian(A, B, dt=dt, action_cost=0.1 * torch.eye(1).double())
+    box = Box({"a": 0.0, "b": 0.0, "d": 0.0}, {"a": 1.5, "b": 2.0, "d": 1.0}, {}, {"a": 0.8, "b": 0.5, "d": 0.3})
+    return replace(plain, step=lambda theta, s, a, e: plain.step(matrices(theta), s, a, e), box=box)
+
+def effort(state, action, following):
+    return (action**2).sum(-1)
+"""
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the world, a fit of three scalars to its log, and the log."""
+    folder = tmp_path_factory.mktemp("fitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        (folder / "tune_world.py").write_text(WORLD)
+        (folder / "scalar_world.py").write_text(SCALARS)
+        (folder / "schema.yaml").write_text(SCHEMA)
+        (folder / "first").mkdir()
+        np.savez("first/policy.npz", activations=["identity"], weight0=[[-0.6, -0.9]], bias0=[0.0])
+        write_rollouts(Path("logs"), Path("first"), [f"run_{k}" for k in range(8)], 2)
+        words = ["log=logs", "schema=schema.yaml", "model._target_=scalar_world.model", "out=fit", "report=false"]
+        words += ["fit.horizon=1", "fit.stride=1", "fit.sample_every=1", "fit.first_row=0", "fit.margin=0"]
+        assert main(["fit", *words, "fit.prior_width=0", "fit.loss_scale=10"]) == 0
+    return folder
+
+
+def after_fit(place: Path, fitted: Path) -> list[str]:
+    (place / "scalar_world.py").write_text(SCALARS)
+    return [
+        f"params={fitted / 'fit'}", f"log={fitted / 'logs'}", f"schema={fitted / 'schema.yaml'}", "policy=linear",
+        "model._target_=scalar_world.model", "horizon=8", "batch=4", "discount=0.9", "reward=tune_world.reward",
+    ]  # fmt: skip
+
+
+def test_after_a_fit_freedom_calibration_and_trade_off_are_reported(
+    place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*after_fit(place, fitted), "tune.max_steps=2", "tune.trade_off=1", "out=run"]
+    code, out, err = run(capsys, [*words, "--json"])
+    assert code == 0, err
+    document = json.loads(out)
+    report = document["report"]
+    # two gains cannot fix three parameters
+    assert report["freedom"]["dimension"] == 1
+    before, after = report["freedom"]["log_likelihood"]
+    assert after >= before
+    assert report["calibration"]["start"]["windows"] == report["calibration"]["tuned"]["windows"] > 100
+    # the fit's own residuals cover what they promise; 152 windows of 8 runs, standard error at most 0.04
+    assert report["calibration"]["start"]["miscalibration"] < 0.08
+    assert [entry["weight"] for entry in report["trade_off"]][::2] == [0.0, None]  # tuned, in between, start
+    assert all(row["certified"] == 1 for row in document["history"] if row["accepted"])
+    html = Path("run/report.html").read_text()
+    for text in ("Predictive calibration", "directions of the tuned parameters leave it", "certified"):
+        assert text in html
+
+
+def test_a_limit_and_draws_from_the_posterior(place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*after_fit(place, fitted), "tune.max_steps=0", "calibration=false", "tune.certify=false", "report=false"]
+    words += ["horizon=4", "tune.use_freedom=false"]
+    limit = ["constraint.cost=scalar_world.effort", "constraint.limit=100", "constraint.name=effort"]
+    code, out, err = run(capsys, [*words, *limit, "randomize=8", "out=run", "--json"])
+    assert code == 0, err
+    history = json.loads(out)["history"]
+    assert all(row["margin.effort"] > 0 for row in history)
+    assert "calibration" not in json.loads(Path("run/params.json").read_text())["report"]
+    plain = json.loads(run(capsys, [*words, "out=plain", "--json"])[1])
+    drawn = json.loads(Path("run/params.json").read_text())
+    assert drawn["report"]["policy"]["gain"] != plain["report"]["policy"]["gain"]
+    for wrong, message in (
+        (["randomize=3"], "randomize=3: matched draws of 3 numbers must be even"),
+        (["randomize=-2"], "randomize=-2: expected >= 0"),
+        ([*limit, "constraint.probability=2", "constraint.kind=chance"], "probability = 2"),
+        (["constraint.cost=scalar_world.efort"], "no such function"),
+    ):
+        code, _, err = run(capsys, [*words, *wrong, "out=bad"])
+        assert code == 2
+        assert message in err
+    code, _, err = run(capsys, [*SMALL, "randomize=8", "data.mode=callable", "data.callable=tune_world.collect"])
+    assert code == 2
+    assert "randomize=8: needs params of a fit" in err
+
+
 def test_a_growing_folder_waits_with_code_4_and_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "model.dt=1.0", "schema=schema.yaml", "data.mode=folder", "data.folder=new", "out=run",
              "tune.max_steps=1", "reward=tune_world.reward"]  # fmt: skip
@@ -179,14 +276,14 @@ def test_a_fit_becomes_a_gaussian_over_the_free_parameters() -> None:
     rows = {name: {"value": value} for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     covariance = {"names": ["b", "delay", "a"], "matrix": [[4.0, 0.0, 1.0], [0.0, 9.0, None], [1.0, None, 2.0]]}
     fitted = ParameterSet("fit", {"_target_": "m"}, rows, {}, {"covariance": covariance})
-    likelihood = _gaussian(fitted, ("a", "b", "c"))
+    likelihood = gaussian(fitted, ("a", "b", "c"))
     assert likelihood is not None
     # the inverse of [[2, 1], [1, 4]]; c was held in the fit, so the log says nothing of it
     inverse = torch.tensor([[4.0, -1.0, 0.0], [-1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64) / 7
     assert torch.allclose(likelihood[1], inverse, rtol=1e-14, atol=1e-15)
     assert {name: float(value) for name, value in likelihood[0].items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
-    assert _gaussian(fitted, ("c",)) is None
-    assert _gaussian(None, ("a",)) is None
+    assert gaussian(fitted, ("c",)) is None
+    assert gaussian(None, ("a",)) is None
 
 
 def test_parameters_of_another_model_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,21 @@ class DataOptions:
 
 
 @dataclass
+class ConstraintOptions:
+    """A limit that the real system must keep; of `sim2real.safety.Constraint`."""
+
+    cost: str | None = key(None, "", "function (state, action, next_state) -> cost of each transition; none: no limit")
+    name: str = key("constraint", "", "its name in the report")
+    limit: float = key(0.0, "cost", "what the mean (or, for chance, nearly every step) must stay below")
+    kind: str = key(
+        "mean", "", "mean: the discounted mean; chance: the share of steps above", choices=("mean", "chance")
+    )
+    confidence: float = key(0.95, "1", "one-sided, that it holds")
+    probability: float = key(0.05, "1", "chance: allowed share of steps above the limit")
+    width: float = key(0.0, "cost", "chance: smoothing; 0: the plain indicator")
+
+
+@dataclass
 class FitConfig:
     """sim2real fit: system identification from a log."""
 
@@ -269,6 +284,11 @@ class TuneConfig:
     batch: int = key(64, "", "in-sim rollouts")
     data: DataOptions = field(default_factory=DataOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
+    constraint: ConstraintOptions = field(default_factory=ConstraintOptions)
+    randomize: int = key(
+        0, "", "after a fit: parameters drawn from its posterior for in-sim training, even and > twice their number"
+    )
+    calibration: bool = key(True, "", "with log and params: how well predictions hold what they promise, in the report")
     policy: Any = key("linear", "", "the policy: linear or mlp", group="policy")
     seed: int = key(0, "", "seed of everything random")
     threads: int = key(1, "", "torch threads")

@@ -110,7 +110,7 @@ def _two_stages(program: Program, tol: float, max_steps: int) -> tuple[Point, Te
     late = (error > tol).nonzero()[:, 0]
     if len(late):
         part, start = rows(program, late), Point(*(value[late] for value in early))
-        converged = interior_point(part, max_steps=max_steps, start=start)
+        converged = interior_point(part, max_steps=max_steps, tol=1e-12, start=start)
         again, active_again = polish(part, converged, tol=1e-2 * tol)
         point = Point(*(old.index_copy(0, late, new) for old, new in zip(point, again, strict=True)))
         active = active.index_copy(0, late, active_again)

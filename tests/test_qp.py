@@ -200,6 +200,47 @@ def test_a_vertex_with_more_active_rows_than_dimensions() -> None:
     torch.testing.assert_close(lift[1], t(0, 0, 1), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", ["integers", "thin", "loose", "drawn"])
+def test_hard_programs_are_all_decided_and_every_verdict_is_proved(kind: str, linear: bool) -> None:
+    """Ties everywhere, an interior of 1e-6, bounds of 1e6, and constraints drawn without a feasible point in mind."""
+    batch, n, m = 24, 6, 14
+    H, g, A, b, G, h = problem(batch, n, 0, m, seed=31)
+    H = torch.zeros_like(H) if linear else torch.eye(n, dtype=torch.float64).expand(batch, n, n)
+    eye = torch.eye(n, dtype=torch.float64).expand(batch, n, n)
+    if kind == "integers":
+        generator = torch.Generator().manual_seed(7)
+        whole = lambda low, high, *shape: torch.randint(low, high + 1, shape, generator=generator).double()
+        g, G, h = whole(-3, 3, batch, n), whole(-2, 2, batch, m, n), whole(0, 3, batch, m)
+    elif kind == "thin":
+        inside = h - 1e-6
+        G, h = torch.cat([G, -G], 1), torch.cat([h, 2e-6 - inside - 1e-6], 1)
+    elif kind == "loose":
+        G, h = torch.cat([G, eye, -eye], 1), torch.cat([h, torch.full((batch, 2 * n), 1e6, dtype=torch.float64)], 1)
+    else:
+        h = 0.5 * g.repeat(1, 3)[:, :m]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)  # minimisers of linear programs need not be unique
+        found = qp(H, g, A, b, G, h, on_failure="nan")
+    assert bool((found.converged | found.infeasible | found.unbounded).all())
+    for row in range(batch):
+        z, ray = found.inequality_multipliers[row], found.ray[row]
+        size = 1e-9 * float(h[row].abs().max() + 10)  # rounding, in units of the bounds
+        if found.converged[row]:
+            whole_row = tuple(value[row] for value in (H, g, A, b, G, h))
+            assert float(optimality(whole_row, found.x[row], found.equality_multipliers[row], z)) < size
+        elif found.infeasible[row]:
+            assert float(z.min()) >= 0
+            assert float((G[row].T @ z).abs().max()) <= 1e-6 * -float(h[row] @ z)
+        else:
+            fall = -float(g[row] @ ray)
+            assert fall > 0
+            assert float((G[row] @ ray).max()) <= 1e-6 * fall
+            assert float((H[row] @ ray).abs().max()) <= 1e-6 * fall
+    if kind == "drawn":
+        assert bool(found.infeasible.any())
+
+
 def test_equalities_that_inequalities_imply() -> None:
     # x0 <= 1 and x0 >= 1 leave no interior
     H, G = torch.eye(2, dtype=torch.float64), torch.tensor([[1, 0], [-1, 0], [0, 1]], dtype=torch.float64)

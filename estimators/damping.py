@@ -18,13 +18,15 @@ least error of any damping; half of it met singular matrices, and a tenth errors
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from sim2real.params import Params
 from sim2real.solve_report import LinearSolution, SolveReport
-from sim2real.solvers.linear import Solve
+from sim2real.solvers.linear import Solve, cg
 from sim2real.solvers.linear_system import Matvec
+from sim2real.solvers.nystrom import NystromSketch, nystrom_cg
 from sim2real.solvers.spectrum import Spectrum, spectrum
 
 SADDLE = 1e-3
@@ -54,14 +56,18 @@ def _resolved(steps: int, lowest: float, residual: float, largest: float) -> boo
     return _definite(lowest, residual) or (steps >= 40 and residual <= 1e-5 * max(largest, -lowest))
 
 
-def damped_solve(solve: Solve, matvec: Matvec, b: Params, *, steps: int = 200) -> LinearSolution:
+def damped_solve(solve: Solve | None, matvec: Matvec, b: Params, *, steps: int = 200) -> tuple[LinearSolution, Solve]:
     """Solve `(A + damping I) x = b`, damped as a probe of at most `steps` products asks, more where that is too little.
 
-    The report's eigenvalues and negative curvature are the extremes of probe and solves. It is not converged where A
-    is too indefinite for a maximum: curvature below `-SADDLE` of the largest.
+    Returns the solver too, for further right-hand sides: `solve`, or where that is None `cg` for a definite A, else CG
+    to a residual of 1e-4 behind the Ritz vectors of the probe. The report's eigenvalues and negative curvature are the
+    extremes of probe and solves. It is not converged where A is too indefinite for a maximum: curvature below `-SADDLE`
+    of the largest.
     """
     probe = spectrum(matvec, b, steps=steps, enough=_resolved)
     damping, why = probe_damping(probe)
+    if solve is None:
+        solve = partial(nystrom_cg, tol=1e-4, sketch=_ritz_sketch(probe)) if damping else cg
     low, high = probe.lowest, probe.largest
     negative = probe.negative_curvature
     for _ in range(_ATTEMPTS):
@@ -76,7 +82,14 @@ def damped_solve(solve: Solve, matvec: Matvec, b: Params, *, steps: int = 200) -
         damping = 2 * -negative
         why = f"damping raised to {damping:.1e}, twice the negative curvature met"
     report = replace(report, eigenvalues=(low, high), negative_curvature=negative, damping=damping)
-    return LinearSolution(solution.x, _judged(report, high, why))
+    return LinearSolution(solution.x, _judged(report, high, why)), solve
+
+
+def _ritz_sketch(probe: Spectrum) -> NystromSketch:
+    """The upper end of the spectrum as the probe found it: `nystrom_cg` then sees only what lies below."""
+    known = probe.values > 2 * probe.residuals
+    vectors, values = probe.vectors[known].flip(0), probe.values[known].flip(0)
+    return NystromSketch(vectors.mT[None], values[None], probe.lowest)
 
 
 def _judged(report: SolveReport, largest: float, why: str) -> SolveReport:

@@ -49,6 +49,10 @@ class Spectrum:
     """the unit Ritz vector of `lowest`"""
     values: Tensor
     """all Ritz values, ascending, `[k]`"""
+    residuals: Tensor
+    """`|A u - value u|` of each, to rounding, or a bound on it, `[k]`"""
+    vectors: Tensor
+    """the unit Ritz vectors u `[k, P]`, in the order of `ravel`"""
     steps: int
 
 
@@ -61,7 +65,7 @@ def spectrum(
     enough: Enough | None = None,
     generator: torch.Generator | None = None,
 ) -> Spectrum:
-    """The ends of the spectrum of a symmetric A on `Params` shaped as `like` by at most `steps` + 2 products.
+    """The ends of the spectrum of a symmetric A on `Params` shaped as `like` by at most `steps` products.
 
     Without `starts` the Krylov space is that of one random vector (of `generator`, by default a fixed one). Each of
     `starts`, such as a gradient, a right-hand side or the `direction` of a former call, gets an equal share of the
@@ -73,23 +77,35 @@ def spectrum(
         raise ValueError(f"steps must exceed the number of starts ({len(starts)}), got {steps}")
     apply, reference, restore = flatten(matvec, like, 0)
     given = [flatten(matvec, {key: start[key] for key in like}, 0)[1] for start in starts]
-    basis, projected, exhausted, random_steps = _krylov(apply, reference, given, steps, enough, generator)
-    values, coordinates = torch.linalg.eigh(projected)
-    ends = [coordinates[:, index] @ basis for index in (0, -1)]
-    products = [apply(u[None])[0] - value * u for u, value in zip(ends, (values[0], values[-1]), strict=True)]
+    space = _krylov(apply, reference, given, steps, enough, generator)
+    values, coordinates = torch.linalg.eigh(space.projected)
     lowest, largest = float(values[0]), float(values[-1])
+    residuals, vectors = space.rest @ coordinates.abs(), coordinates.mT @ space.basis
     return Spectrum(
         lowest=lowest,
         largest=largest,
-        lowest_residual=float(products[0].norm()),
-        largest_residual=float(products[1].norm()),
-        floor=lowest if exhausted else _floor(lowest, largest, reference.numel(), random_steps),
-        exact=exhausted,
+        lowest_residual=float(residuals[0]),
+        largest_residual=float(residuals[-1]),
+        floor=lowest if space.exhausted else _floor(lowest, largest, reference.numel(), space.random_steps),
+        exact=space.exhausted,
         negative_curvature=negative(lowest, largest, reference.dtype),
-        direction=restore(ends[0][None]),
+        direction=restore(vectors[:1]),
         values=values,
-        steps=len(basis) + 2,
+        residuals=residuals,
+        vectors=vectors,
+        steps=len(values),
     )
+
+
+@dataclass(frozen=True)
+class _Space:
+    """An orthonormal basis `[k, P]` and `V A V'` on it; `rest[j]` is what `A v_j` has outside, `[k]`."""
+
+    basis: Tensor
+    projected: Tensor
+    rest: Tensor
+    exhausted: bool
+    random_steps: int
 
 
 def _krylov(
@@ -99,14 +115,13 @@ def _krylov(
     steps: int,
     enough: Enough | None,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, bool, int]:
-    """An orthonormal basis `[k, P]`, `V A V'` on it, whether nothing is left, and the steps from the random start."""
+) -> _Space:
     size = reference.numel()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     random = torch.randn(1, size, generator=generator, dtype=reference.dtype).to(reference.device)
     limit = min(steps, size)
     basis = reference.new_zeros(limit, size)
-    projected = reference.new_zeros(limit, limit)
+    projected, left = reference.new_zeros(limit, limit), reference.new_zeros(limit)
     count, before, largest = 0, 0, 0.0
     exhausted = True
     for number, start in enumerate([*given, random]):
@@ -121,7 +136,7 @@ def _krylov(
                 break
             if enough is not None and number == len(given) and count > before and (count - before) % 10 == 0:
                 values, coordinates = torch.linalg.eigh(projected[:count, :count])
-                width = float(rest.norm() * coordinates[-1, 0].abs())
+                width = float(left[:count] @ coordinates[:, 0].abs() + rest.norm() * coordinates[-1, 0].abs())
                 if enough(count, float(values[0]), width, float(values[-1])):
                     break
             basis[count] = rest / rest.norm()
@@ -131,7 +146,10 @@ def _krylov(
             count, largest = count + 1, max(largest, float(rest.norm()))
             scale = largest
         exhausted = exhausted and invariant
-    return basis[:count], projected[:count, :count], exhausted, count - before
+        if count > before:
+            left[count - 1] = rest.norm()
+    space = basis[:count], projected[:count, :count], left[:count]
+    return _Space(*space, exhausted or count == size, count - before)
 
 
 def _floor(lowest: float, largest: float, size: int, steps: int) -> float:

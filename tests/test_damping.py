@@ -57,8 +57,9 @@ def test_a_solve_that_meets_more_negative_curvature_is_repeated_with_more_dampin
     e = e / e.norm()
     A = torch.eye(50).double() - 1.0005 * torch.outer(e, e)
     b = start / start.norm() + e
-    solution = damped_solve(cg, lambda x: {"x": A @ x["x"]}, {"x": b})
+    solution, solver = damped_solve(cg, lambda x: {"x": A @ x["x"]}, {"x": b})
     report = solution.report
+    assert solver is cg
     assert report.converged
     assert report.negative_curvature == pytest.approx(-5e-4, rel=1e-6)
     assert report.damping == pytest.approx(1e-3, rel=1e-3)
@@ -76,7 +77,7 @@ def test_an_operator_that_shows_new_negative_curvature_at_every_solve_ends_uncon
         met = -max(damping, 1e-9)
         return LinearSolution(solution.x, replace(solution.report, converged=False, negative_curvature=met))
 
-    solution = damped_solve(worse, diagonal(torch.linspace(1.0, 9.0, 20).double()), {"x": torch.ones(20).double()})
+    solution, _ = damped_solve(worse, diagonal(torch.linspace(1.0, 9.0, 20).double()), {"x": torch.ones(20).double()})
     assert not solution.report.converged
     assert len(calls) == 6
     assert calls == sorted(calls)
@@ -102,7 +103,7 @@ def test_slightly_indefinite_returns_are_damped_and_all_products_share_the_dampi
     J, at, g = quadratic(values), torch.zeros(4).double(), torch.ones(4).double()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnconvergedWarning)
-        sensitivity = policy_sensitivity(J, {"t": at}, {"x": at}, strict=True)
+        sensitivity = policy_sensitivity(J, {"t": at}, {"x": at}, solve=cg, strict=True)
         damping = sensitivity.report.damping
         assert damping == pytest.approx(2e-4, rel=1e-6)
         expected = values / (values + damping)
@@ -113,6 +114,21 @@ def test_slightly_indefinite_returns_are_damped_and_all_products_share_the_dampi
     exact = policy_sensitivity(quadratic(vector(1e-3, 1.0, 5.0)), {"t": at[:3]}, {"x": at[:3]})
     assert exact.report.damping == 0.0
     torch.testing.assert_close(exact.vjp({"x": g[:3]})["t"], g[:3], rtol=1e-9, atol=0)
+
+
+def test_without_a_solver_the_probe_preconditions_the_damped_solve() -> None:
+    values = torch.cat([torch.logspace(3, 0, 30).double(), 1e-4 * torch.rand(300).double() - 5e-5])
+    b = values.clamp_min(0.0) ** 0.5
+    quick, solver = damped_solve(None, diagonal(values), {"x": b})
+    plain, _ = damped_solve(partial(cg, tol=1e-4), diagonal(values), {"x": b})
+    assert quick.report.converged
+    assert quick.report.damping == plain.report.damping > 1e-4
+    assert 3 * quick.report.steps <= plain.report.steps
+    x = solver(diagonal(values), {"x": b}, damping=quick.report.damping).x["x"]
+    assert float(((values + quick.report.damping) * x - b).norm()) <= 1e-4 * float(b.norm())
+    definite, solver = damped_solve(None, diagonal(values[:30]), {"x": b[:30]})
+    assert solver is cg
+    assert definite.report.damping == 0.0
 
 
 def test_a_damping_that_is_no_number_is_named() -> None:

@@ -53,9 +53,11 @@ def test_residuals_and_floor_bound_the_eigenvalues() -> None:
     for seed in range(50):
         found = spectrum(matvec, like, steps=40, generator=torch.Generator().manual_seed(seed))
         assert not found.exact
-        assert found.steps == 40 + 2
+        assert found.steps == 40
         for value, bound in ((found.lowest, found.lowest_residual), (found.largest, found.largest_residual)):
             assert float((eigenvalues - value).abs().min()) <= bound + 1e-10
+        products = torch.stack([A @ u - value * u for u, value in zip(found.vectors, found.values, strict=True)])
+        torch.testing.assert_close(products.norm(dim=1), found.residuals, rtol=1e-6, atol=1e-9)
         assert found.floor <= float(eigenvalues[0]) <= found.lowest
         assert found.largest <= float(eigenvalues[-1]) + 1e-10
 
@@ -72,7 +74,10 @@ def test_a_start_finds_what_few_random_steps_miss() -> None:
     seen = spectrum(matvec, like, steps=12, starts=(start,))
     assert seen.lowest == pytest.approx(-1e-3, rel=1e-6)
     # an invariant space of one vector leaves its steps to the random start
-    assert seen.steps == 14
+    assert seen.steps == 12
+    apart = spectrum(matvec, like, steps=12, starts=({key: value + 1.0 for key, value in like.items()},))
+    products = torch.stack([A @ u - value * u for u, value in zip(apart.vectors, apart.values, strict=True)])
+    assert bool((products.norm(dim=1) <= apart.residuals + 1e-9).all())  # a bound where there are several starts
     again = spectrum(matvec, like, steps=12, starts=(seen.direction, like))
     assert again.lowest == pytest.approx(-1e-3, rel=1e-6)
 
@@ -82,7 +87,7 @@ def test_an_exhausted_krylov_space_ends_early_and_holds_every_distinct_value() -
     matvec, like = operator(matrix(values))
     found = spectrum(matvec, like)
     assert found.exact
-    assert found.steps <= 3 + 1 + 2
+    assert found.steps <= 3 + 1
     torch.testing.assert_close(found.values[:3], torch.tensor([-2.0, 1.0, 3.0]).double(), rtol=0, atol=1e-9)
     flat = spectrum(lambda x: {key: 0 * value for key, value in x.items()}, like)
     assert (flat.lowest, flat.largest, flat.exact, flat.negative_curvature) == (0.0, 0.0, True, None)
@@ -103,3 +108,17 @@ def test_bad_inputs_are_named() -> None:
         spectrum(lambda x: {key: value / 0 for key, value in x.items()}, like)
     with pytest.raises(ValueError, match="matvec returned shape"):
         spectrum(lambda x: {key: value[:1] for key, value in x.items()}, like)
+
+
+def test_a_probe_ends_where_the_caller_has_seen_enough() -> None:
+    matvec, like = operator(matrix(torch.linspace(1.0, 2.0, 200, dtype=torch.float64)))
+    asked: list[tuple[int, float, float, float]] = []
+
+    def enough(*state: float) -> bool:
+        asked.append(state)  # type: ignore[arg-type]
+        return state[0] >= 20
+
+    found = spectrum(matvec, like, enough=enough)
+    assert found.steps == 20
+    assert [state[0] for state in asked] == [10, 20]
+    assert asked[-1][1:] == pytest.approx((found.lowest, found.lowest_residual, found.largest), rel=1e-9)

@@ -126,6 +126,29 @@ def lqr_task() -> Task:
 # ----------------------------------------------------------------------------------------------------- finite MDP
 
 
+def index(x: Tensor) -> Tensor:
+    """Column 0 as an index `[N]`."""
+    return x[:, 0].round().long()
+
+
+def black_box(tables: Callable[[Params], tuple[Tensor, Tensor]], discount: float, states: int) -> ModelMDP:
+    """Tables as a simulator that draws the next index without a derivative and knows its probability."""
+
+    def pick(probability: Tensor, e: Tensor) -> Tensor:
+        return (torch.special.ndtr(e) > probability.cumsum(-1)[..., :-1]).sum(-1, keepdim=True).double()
+
+    return ModelMDP(
+        initial_state=lambda th, e: pick(torch.full((len(e), states), 1 / states, dtype=e.dtype), e),
+        step=lambda th, s, a, e: pick(tables(th)[0].detach()[index(s), index(a)], e),
+        reward=lambda th, s, a, e, x: tables(th)[1][index(s), index(a)],
+        noise_dims=(1, 1),
+        dt=1.0,
+        discount=discount,
+        log_prob=lambda th, s, a, x: tables(th)[0].log()[index(s), index(a), index(x)],
+        derivative_order=0,
+    )
+
+
 def finite_task(rollouts: int = 1) -> Task:
     """Random tables: softmax transitions and rewards linear in theta; temperature 1, discounts 0.9 and 0.95."""
     states, actions, parameters = 8, 3, 4
@@ -152,27 +175,11 @@ def finite_task(rollouts: int = 1) -> Task:
     def real_return(th: Params) -> Tensor:
         return start @ policy_values(torch.softmax(soft_q(th) / temperature, -1), r_real, P_real, real)
 
-    index = lambda x: x[:, 0].round().long()
     policy = boltzmann_policy(lambda nu, state: nu["q"][index(state)], temperature)
     known = lambda nu, state: temperature * torch.logsumexp(nu["q"][index(state)] / temperature, -1)
     features = lambda s, a: nn.functional.one_hot(actions * index(s) + index(a), states * actions).double()
 
-    def simulator(th_tables: Callable[[Params], tuple[Tensor, Tensor]], discount: float) -> ModelMDP:
-        def pick(probability: Tensor, e: Tensor) -> Tensor:
-            return (torch.special.ndtr(e) > probability.cumsum(-1)[..., :-1]).sum(-1, keepdim=True).double()
-
-        return ModelMDP(
-            initial_state=lambda th, e: pick(start.expand(len(e), -1), e),
-            step=lambda th, s, a, e: pick(th_tables(th)[0].detach()[index(s), index(a)], e),
-            reward=lambda th, s, a, e, x: th_tables(th)[1][index(s), index(a)],
-            noise_dims=(1, 1),
-            dt=1.0,
-            discount=discount,
-            log_prob=lambda th, s, a, x: th_tables(th)[0].log()[index(s), index(a), index(x)],
-            derivative_order=0,
-        )
-
-    mdp, world = simulator(tables, sim), simulator(lambda th: (P_real, r_real), real)
+    mdp, world = black_box(tables, sim, states), black_box(lambda th: (P_real, r_real), real, states)
     nu = {"q": soft_q(theta).detach()}
     shared = {"real_discount": real, "features": features, "actions": every, "groups": 0}
 

@@ -114,30 +114,23 @@ def hessian_free_gradient(
     fits = _fits(system, weigh, real_discount, ridge, jackknife=groups > 0)
     info: dict[str, Tensor] = {}
     if action_value is not None:
-        given = action_value
-        value_of: _RowValue = lambda th, s, a, rows: given(th, s, a)
+        value_of = _without_noise(action_value)
     elif noise is None:
         raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
     else:
-        value_of = _averaged(_rollouts(mdp, policy, fixed, noise, temperature, soft_value, method), rollouts)
+        value_of = _rollouts(mdp, policy, fixed, noise, temperature, soft_value, method, rollouts)
         if len(noise.process) > 1:
             some = states[:: -(-len(states) // 200)].to(noise.process.dtype)
             options = {"temperature": temperature, "actions": actions, "method": method}
             info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, some, **options))
-            if doubt := inconsistency(info, consistency_tol):
-                message = f"the Hessian-free gradient is not to be trusted: {doubt}"
-                warnings.warn(message, UnconvergedWarning, stacklevel=2)
+            _warn(inconsistency(info, consistency_tol))
     nodes = action_nodes(policy, fixed, states, actions)
     grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once // rollouts)
-    low, high = return_range(data, real_discount)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}
-    figures |= {"return_low": low, "return_high": high, "rollouts": len(states) * len(nodes) * rollouts}
+    figures |= dict(zip(("return_low", "return_high"), return_range(data, real_discount), strict=True))
+    figures["rollouts"] = 0 if action_value is not None else len(states) * len(nodes) * rollouts
     info |= {key: torch.tensor(float(figure), dtype=torch.float64) for key, figure in figures.items()}
-    visits = fits.state_weights[:, 0]
-    info["effective_sample_size"] = visits.sum().square() / visits.square().sum()
-    if len(grads) > 1:
-        info["replicates"], info["value_replicates"] = grads[1:], fits.values[1:]
-        info["stderr"], info["value_stderr"] = jackknife_stderr(grads[1:]), jackknife_stderr(fits.values[1:])
+    info |= _spread(fits, grads)
     like = {key: value.detach() for key, value in theta.items()}
     grad = {key: part.to(theta[key].dtype) for key, part in unravel(grads[0], like).items()}
     return Estimate(fits.values[0], grad, info)
@@ -174,6 +167,26 @@ def _fits(
     return _Fits(critic_weights, state_weights, values)
 
 
+def _spread(fits: _Fits, grads: Tensor) -> dict[str, Tensor]:
+    """The effective sample size, and standard errors from the groups left out."""
+    visits = fits.state_weights[:, 0]
+    info = {"effective_sample_size": visits.sum().square() / visits.square().sum()}
+    if len(grads) > 1:
+        info |= {"replicates": grads[1:], "stderr": jackknife_stderr(grads[1:])}
+        info |= {"value_replicates": fits.values[1:], "value_stderr": jackknife_stderr(fits.values[1:])}
+    return info
+
+
+def _warn(doubt: str) -> None:
+    if doubt:
+        message = f"the Hessian-free gradient is not to be trusted: {doubt}"
+        warnings.warn(message, UnconvergedWarning, stacklevel=3)
+
+
+def _without_noise(action_value: ActionValue) -> _RowValue:
+    return lambda theta, states, actions, index: action_value(theta, states, actions)
+
+
 def _rollouts(
     mdp: ModelMDP,
     policy: Policy,
@@ -182,29 +195,20 @@ def _rollouts(
     temperature: float,
     soft_value: StateValue | None,
     method: Method,
+    rollouts: int,
 ) -> _RowValue:
-    """theta, s, a, index of the state -> Q_sim; actions compared in one state share a row of the noise."""
+    """Q_sim as the mean of several rollouts; those of all actions compared in one state share their rows of noise."""
     dtype = noise.process.dtype
 
     def value(theta: Params, states: Tensor, actions: Tensor, index: Tensor) -> Tensor:
-        rows = index % len(noise.process)
-        options = {"temperature": temperature, "soft_value": soft_value, "method": method, "rows": rows}
-        return soft_action_value(mdp, policy, theta, nu, noise, states.to(dtype), actions.to(dtype), **options)
+        rows = (index * rollouts).unsqueeze(-1) + torch.arange(rollouts, device=index.device)
+        tiled = (x.to(dtype).repeat_interleave(rollouts, 0) for x in (states, actions))
+        options = {"temperature": temperature, "soft_value": soft_value, "method": method}
+        rows = rows.reshape(-1) % len(noise.process)
+        q = soft_action_value(mdp, policy, theta, nu, noise, *tiled, rows=rows, **options)
+        return q.reshape(-1, rollouts).mean(-1)
 
     return value
-
-
-def _averaged(value_of: _RowValue, rollouts: int) -> _RowValue:
-    """The mean of several rollouts per state and action, state i with rows i, i + 1, ... of its own."""
-    if rollouts == 1:
-        return value_of
-
-    def mean(theta: Params, states: Tensor, actions: Tensor, index: Tensor) -> Tensor:
-        rows = (index * rollouts).unsqueeze(-1) + torch.arange(rollouts, device=index.device)
-        tiled = (x.repeat_interleave(rollouts, 0) for x in (states, actions))
-        return value_of(theta, *tiled, rows.reshape(-1)).reshape(-1, rollouts).mean(-1)
-
-    return mean
 
 
 def _pull(

@@ -88,21 +88,21 @@ def soft_sensitivity(
     nodes = action_nodes(policy, fixed, states, actions)
     every = [*(action for action, _ in nodes), *([taken] if taken is not None else [])]
     tiled = (states.repeat(len(every), 1), torch.cat(every))
-    rows = torch.arange(len(states), device=states.device).repeat(len(every))
     leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
     info: dict[str, Tensor] = {}
+    options = {"temperature": temperature, "method": method}
     with torch.enable_grad():
         if action_value is not None:
             q = action_value(leaves, *tiled)
-        elif noise is not None:
-            options = {"temperature": temperature, "soft_value": soft_value, "method": method}
-            rows = rows % len(noise.process)
-            q = soft_action_value(mdp, policy, leaves, fixed, noise, *tiled, rows=rows, **options)
-            if len(noise.process) > 1:
-                options = {"temperature": temperature, "method": method, "actions": actions}
-                info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, states, **options))
-        else:
+        elif noise is None:
             raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
+        else:
+            rows = torch.arange(len(states), device=states.device).repeat(len(every)) % len(noise.process)
+            known = {"soft_value": soft_value, "rows": rows}
+            q = soft_action_value(mdp, policy, leaves, fixed, noise, *tiled, **known, **options)
+    if noise is not None and action_value is None and len(noise.process) > 1:
+        options["actions"] = actions
+        info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, states, **options))
     if q.shape != tiled[0].shape[:1] or not q.requires_grad:
         raise ValueError(f"the action value must be [{len(tiled[0])}] and depend on theta, got {tuple(q.shape)}")
     pull, push = _products(q, leaves)

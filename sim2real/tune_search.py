@@ -18,11 +18,12 @@ from sim2real.estimators.logged_policy_gradient import jackknife_stderr
 from sim2real.estimators.transitions import Transitions, merge_transitions
 from sim2real.params import Params
 from sim2real.solve_report import UnconvergedError
+from sim2real.solvers.convex import InfeasibleError
 from sim2real.trust_region import bfgs_update, next_radius, predicted_gain
 from sim2real.tune_constraints import correction, feasible, inside, merit, next_step, unheld, violated, violation
 from sim2real.tune_state import Point, Search, Space, TuneSettings, moved
 
-UNUSABLE = (ValueError, UnconvergedError, torch.linalg.LinAlgError)
+UNUSABLE = (ValueError, UnconvergedError, InfeasibleError, torch.linalg.LinAlgError)
 """what says that a theta has no optimum, no sensitivity or no critic"""
 
 Evaluate = Callable[[Params, Params, Transitions | None, Callable[["Point"], bool]], Point]

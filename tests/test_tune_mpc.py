@@ -119,6 +119,38 @@ def test_tune_moves_model_and_back_off_of_an_mpc() -> None:
     assert bool((result.theta["back_off"] >= 0).all())
 
 
+def test_a_candidate_whose_mpc_has_no_plan_is_refused_with_the_reason() -> None:
+    model, real, world, _, noise = setting(batch=4, horizon=4)
+    bounds = {
+        "output_low": torch.tensor([-9.0, -9.0], dtype=torch.float64),
+        "output_high": torch.full((2,), 9.0).double(),
+    }
+    hard = mpc_policy(3, {**COST, **LIMIT, **bounds}, discount=0.9)
+    theta = {"A": A, "B": B, "back_off": torch.zeros(2, dtype=torch.float64)}
+    # a cost that wants more back-off than there is room for: the bounds lie 18 apart
+    wish = lambda policy, nu, log, **_: Estimate(
+        expected_return(real, policy, world, nu, noise) + nu["back_off"].sum(),
+        {key: torch.ones_like(value) if key == "back_off" else torch.zeros_like(value) for key, value in nu.items()},
+    )
+    result = tune(
+        model,
+        hard,
+        theta,
+        model_to_mpc(theta),
+        None,
+        noise,
+        real_reward=None,
+        real_discount=0.9,
+        gradient=wish,
+        settings=TuneSettings(max_steps=1, radius=2.0),
+        box=Box(low={"back_off": 0.0}),
+        scale={"back_off": torch.tensor(8.0, dtype=torch.float64)},
+        free=("back_off",),
+        **explicit_chain(),
+    )
+    assert any("refused a candidate" in note and "infeasible" in note for note in result.notes), result.notes
+
+
 def weighted_mpc(smoothing: float) -> Policy:
     """nu = {"log_R"}: an MPC whose model is fixed and whose input weight is trained; inputs are bounded."""
     mpc = mpc_policy(3, {"A": A, "B": B, "Q": EYE, "P": 3 * EYE, **LIMIT}, discount=0.9, smoothing=smoothing)

@@ -1,6 +1,6 @@
 """Function-space policy sensitivity: from how the critic moves with the simulator, no second derivative of it.
 
-With Q the critic of the policy in the simulator and `G = d_theta Q` at fixed policy (`model_critic.py`),
+With Q the critic of the policy in the simulator and `G = d_theta Q` at fixed policy (`critic_derivative.py`),
 
     d pi(s) = -(E_e Q_aa)^-1 E_e d_a G(s, a)                    per state (`pointwise_sensitivity`),
     d nu    = -H_GN^-1 C_GN                                     in the policy class (`critic_gauss_newton.py`),
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sim2real.estimators.critic import Features
+from sim2real.estimators.critic_derivative import critic_jvp, critic_vjp
 from sim2real.estimators.critic_gauss_newton import (
     QValues,
     action_slope,
@@ -32,8 +33,6 @@ from sim2real.estimators.logged_policy_gradient import jackknife_stderr
 from sim2real.estimators.model_critic import (
     Derivative,
     ModelCritic,
-    critic_jvp,
-    critic_vjp,
     leave_out,
     model_critic,
     moves_smoothly,
@@ -100,16 +99,31 @@ def function_space_sensitivity(
     info = dict(inner.info) | {"condition": _scalar(critic.condition), "bellman_radius": _scalar(critic.bellman_radius)}
     report = inner.report
     if cotangent is not None and stderr and len(critic.sums.gram) > 1:
-        replicates = []
-        for group in range(len(critic.sums.gram)):
-            other = leave_out(critic, policy, nu, group, mdp.discount)
-            at = {"weights": other.weights}
-            link = improvement(_values(other), policy, at, nu, where, weights, other.nodes, **options)[0]
-            replicates.append(ravel(critic_vjp(other, mdp, theta, link.vjp(cotangent)["weights"])))
-        info["stderr"] = jackknife_stderr(torch.stack(replicates))
+        options["damping"] = report.damping
+        info["stderr"] = _stderr(critic, mdp, policy, theta, nu, cotangent, (where, weights), options)
         report = replace(report, error_bound=2 * float(info["stderr"].norm()))
     demand(report, strict)
     return Sensitivity(vjp, jvp, report, info)
+
+
+def _stderr(
+    critic: ModelCritic,
+    mdp: ModelMDP,
+    policy: Policy,
+    theta: Params,
+    nu: Params,
+    cotangent: Params,
+    visits: tuple[Tensor, Tensor],
+    options: dict[str, Any],
+) -> Tensor:
+    """Standard error `[Q]` of vjp(cotangent): everything refitted without each group of rollouts in turn."""
+    replicates = []
+    for group in range(len(critic.sums.gram)):
+        other = leave_out(critic, policy, nu, group, mdp.discount)
+        at = {"weights": other.weights}
+        link, _ = improvement(_values(other), policy, at, nu, *visits, other.nodes, **options)
+        replicates.append(ravel(critic_vjp(other, mdp, theta, link.vjp(cotangent)["weights"])))
+    return jackknife_stderr(torch.stack(replicates))
 
 
 def pointwise_sensitivity(

@@ -1,21 +1,12 @@
-"""Critic of a policy in the simulator, and how it moves with the simulator's parameters at a fixed policy.
+"""Critic of a policy in the simulator, fitted on rollouts of it.
 
 Q(s, a) = phi(s, a)^T W solves the least-squares Bellman equation over N simulated transitions,
 
-    A W = sum_i c_i phi_i r_i,   A = sum_i c_i phi_i (phi_i - discount phi'_i)^T,   phi'_i = E_{a' ~ pi} phi(s'_i, a'),
-
-and `G = d_theta Q` at fixed policy the same equation with the reward replaced by `y_i = d_theta` of
-
-    score:     r(theta, s, a, e, s') + D_i log rho(theta, s, a, s'),    D_i = r_i + discount V(s'_i) - Q(s_i, a_i),
-    pathwise:  r(theta, s, a, e, f) + discount grad V(s'_i)^T f,    f = step(theta, s, a, e),
-
-V(s) = E_{a ~ pi} Q(s, a), and D_i held: it is the part of reward and value that chance decides, so `E[D grad log rho]`
-is the derivative of their mean. dW/dtheta is never formed: a cotangent g of W costs the transposed solve
-`A^T lambda = g` and one backward pass through `sum_i c_i (phi_i^T lambda) y_i`. The score form needs no derivative of
-the simulator, only of its log density.
+    A W = sum_i c_i phi_i r_i,   A = sum_i c_i phi_i (phi_i - discount phi'_i)^T,   phi'_i = E_{a' ~ pi} phi(s'_i, a').
 
 The expectation over actions is a third-degree cubature in the policy's noise (exact for quadratic features of an action
-linear in it). c_i as in `critic.py`. The infinite horizon is meant: the last step of a rollout is no end.
+linear in it). c_i as in `critic.py`. The infinite horizon is meant: the last step of a rollout is no end. How W moves
+with theta: `critic_derivative.py`.
 References: M. Lagoudakis and R. Parr, Least-Squares Policy Iteration, 2003, section 5 (LSTD-Q); I. Arasaratnam and
 S. Haykin, Cubature Kalman Filters, 2009, equation 32 (the nodes).
 """
@@ -24,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -44,17 +34,15 @@ from sim2real.estimators.critic import (
 )
 from sim2real.estimators.transitions import Transitions, transitions
 from sim2real.mdp import ModelMDP, Noise
-from sim2real.params import Params, axpy, dot
+from sim2real.params import Params
 from sim2real.policy import Policy
 from sim2real.rollout import rollout
 
 Derivative = Literal["auto", "score", "pathwise"]
 Nodes = tuple[Tensor, Tensor]
 """noise of the policy `[K, noise_dim]` and weights `[K]`, summing to 1"""
-Rows = slice | Tensor
 
-_ROWS = 65_536  # transitions in one graph: bounds memory, not the result
-_DIFFERENCE_STEP = 6e-6  # cube root of the float64 rounding
+ROWS = 65_536  # transitions in one graph: bounds memory, not the result
 
 
 @dataclass(frozen=True)
@@ -133,26 +121,17 @@ def model_critic(
         drawn = rollout(mdp, acting, theta, nu, noise)
         flat = _in_double(transitions(drawn))
         mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
-        some = slice(None, None, 1 + len(flat.rewards) // _ROWS)
+        some = slice(None, None, 1 + len(flat.rewards) // ROWS)
         sample = replace(flat, states=flat.states[some], actions=flat.actions[some])
         basis = scaled_features(features if features is not None else quadratic_features(flat), sample)
         nodes = policy_nodes(policy, nu, flat.states)
         phi = by_rows(lambda rows: basis(flat.states[rows], flat.actions[rows]), len(flat.rewards))
         mean = lambda rows: expected(policy, nu, flat.next_states[rows], basis, nodes, actions)
         following = by_rows(mean, len(flat.rewards)).mul_(~flat.ended.unsqueeze(-1))
-        episodes = len(flat.initial_states)
-        group = flat.episode * groups // episodes
+        group = flat.episode * groups // len(flat.initial_states)
         data = Simulated(flat, noise.process[mask].double(), phi, following, _leverage(phi, some), group)
     sums = _ridged(_sums(data, groups), ridge)
-    try:
-        condition, radius = check_identified(sums, mdp.discount, 0.0)
-    except CriticError as error:
-        raise CriticError(f"of the simulated rollouts: {error}") from error
-    if radius >= 1:
-        raise CriticError(
-            f"the policy's value diverges in the simulator (Bellman radius {radius:.4g} >= 1): train it further, "
-            "lower the discount, or draw more rollouts"
-        )
+    condition, radius = _identified(sums, mdp.discount)
     weights, system = _solution(sums, list(range(groups)), mdp.discount)
     critic = ModelCritic(weights, basis, nodes, actions, system, sums, data, mode, weights, condition, radius)
     return replace(critic, price=_price(critic, policy, nu, mdp.discount))
@@ -178,32 +157,6 @@ def leave_out(critic: ModelCritic, policy: Policy, nu: Params, group: int, disco
     weights, system = _solution(critic.sums, keep, discount)
     other = replace(critic, weights=weights, system=system, left_out=group)
     return replace(other, price=_price(other, policy, nu, discount))
-
-
-def critic_vjp(critic: ModelCritic, mdp: ModelMDP, theta: Params, cotangent: Tensor) -> Params:
-    """`(dW/dtheta)^T cotangent` of a cotangent `[q]`, at fixed policy."""
-    adjoint = torch.linalg.inv(critic.system).mT @ cotangent
-    total = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in theta.items()}
-    for rows in _blocks(critic):
-        leaves = {key: value.detach().double().requires_grad_() for key, value in theta.items()}
-        with torch.enable_grad():
-            worth = _targets(critic, mdp, leaves, rows) @ (_weighted(critic, rows) @ adjoint)
-        if worth.requires_grad:
-            parts = torch.autograd.grad(worth, list(leaves.values()), allow_unused=True, materialize_grads=True)
-            total = {key: total[key] + part for key, part in zip(leaves, parts, strict=True)}
-    return total
-
-
-def critic_jvp(critic: ModelCritic, mdp: ModelMDP, theta: Params, tangent: Params) -> Tensor:
-    """`(dW/dtheta) tangent` `[q]`, at fixed policy; central differences where the step's derivative is first order."""
-    theta64 = {key: value.detach().double() for key, value in theta.items()}
-    tangent64 = {key: value.detach().double() for key, value in tangent.items()}
-    derivative = _directional if critic.derivative == "score" or mdp.derivative_order == 2 else _difference
-    total = torch.zeros_like(critic.weights)
-    for rows in _blocks(critic):
-        slope = derivative(partial(_targets, critic, mdp, rows=rows), theta64, tangent64)
-        total = total + _weighted(critic, rows).mT @ slope
-    return torch.linalg.inv(critic.system) @ total
 
 
 def policy_nodes(policy: Policy, nu: Params, states: Tensor) -> Nodes:
@@ -242,11 +195,11 @@ def state_value(critic: ModelCritic, policy: Policy, nu: Params, states: Tensor)
 def by_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
     """`function` of slices of at most 65 536 rows, joined."""
     whole = torch.empty(0)
-    for start in range(0, count, _ROWS):
-        part = function(slice(start, start + _ROWS))
+    for start in range(0, count, ROWS):
+        part = function(slice(start, start + ROWS))
         if start == 0:
             whole = part.new_empty(count, *part.shape[1:])
-        whole[start : start + _ROWS] = part
+        whole[start : start + ROWS] = part
     return whole
 
 
@@ -273,6 +226,20 @@ def _sums(data: Simulated, groups: int) -> CriticSystem:
         parts.append((chosen.mT @ data.phi[rows], chosen.mT @ data.following[rows], chosen.mT @ rewards[rows]))
     gram, cross, reward = (torch.stack(part) for part in zip(*parts, strict=True))
     return CriticSystem(gram, cross, reward, torch.zeros_like(reward), torch.ones_like(reward[:, 0]))
+
+
+def _identified(sums: CriticSystem, discount: float) -> tuple[float, float]:
+    """Condition of the Gram matrix and Bellman radius; raises `CriticError` where there is no critic."""
+    try:
+        condition, radius = check_identified(sums, discount, 0.0)
+    except CriticError as error:
+        raise CriticError(f"of the simulated rollouts: {error}") from error
+    if radius >= 1:
+        raise CriticError(
+            f"the policy's value diverges in the simulator (Bellman radius {radius:.4g} >= 1): train it further, "
+            "lower the discount, or draw more rollouts"
+        )
+    return condition, radius
 
 
 def _solution(sums: CriticSystem, keep: list[int], discount: float) -> tuple[Tensor, Tensor]:
@@ -302,52 +269,8 @@ def _price(critic: ModelCritic, policy: Policy, nu: Params, discount: float) -> 
     return discount * by_rows(slope, len(flat.rewards)) * ~flat.ended.unsqueeze(-1)
 
 
-def _blocks(critic: ModelCritic) -> list[Rows]:
-    """The transitions in the fit, in blocks."""
-    group = critic.data.group
-    if critic.left_out is None:
-        return [slice(start, start + _ROWS) for start in range(0, len(group), _ROWS)]
-    return list((group != critic.left_out).nonzero().flatten().split(_ROWS))
-
-
-def _weighted(critic: ModelCritic, rows: Rows) -> Tensor:
-    return critic.data.weights[rows].unsqueeze(-1) * critic.data.phi[rows]
-
-
-def _targets(critic: ModelCritic, mdp: ModelMDP, theta: Params, rows: Rows) -> Tensor:
-    """Whose derivative in theta is y, per transition `[M]`."""
-    data, price = critic.data.transitions, critic.price[rows]
-    s, a, e, after = data.states[rows], data.actions[rows], critic.data.noise[rows], data.next_states[rows]
-    if critic.derivative == "score":
-        return mdp.reward(theta, s, a, e, after) + price * log_density(mdp)(theta, s, a, after)
-    moved = mdp.step(theta, s, a, e)
-    return mdp.reward(theta, s, a, e, moved) + (price * moved).sum(-1)
-
-
 def log_density(mdp: ModelMDP) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
     """`mdp.log_prob`; raises `ValueError` where the model has none."""
     if mdp.log_prob is None:
         raise ValueError("the model declares no log_prob: no score; give it a density, or a derivative of its step")
     return mdp.log_prob
-
-
-def _directional(targets: Callable[[Params], Tensor], theta: Params, tangent: Params) -> Tensor:
-    """Derivative of `targets` along `tangent`, by two backward passes (exact; no forward mode asked of the model)."""
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
-    with torch.enable_grad():
-        value = targets(leaves)
-        if not value.requires_grad:
-            return torch.zeros_like(value)
-        along = torch.zeros_like(value, requires_grad=True)
-        pulled = torch.autograd.grad(
-            value, list(leaves.values()), along, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        slope = dot(dict(zip(leaves, pulled, strict=True)), tangent)
-        return torch.autograd.grad(slope, along)[0]
-
-
-def _difference(targets: Callable[[Params], Tensor], theta: Params, tangent: Params) -> Tensor:
-    size = max(1e-300, float(dot(tangent, tangent)) ** 0.5)
-    step = _DIFFERENCE_STEP * max(1.0, float(dot(theta, theta)) ** 0.5) / size
-    with torch.no_grad():
-        return (targets(axpy(step, tangent, theta)) - targets(axpy(-step, tangent, theta))) / (2 * step)

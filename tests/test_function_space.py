@@ -24,8 +24,9 @@ from sim2real import (
 )
 from sim2real.controllers import exploring_policy
 from sim2real.estimators.critic import CriticError
+from sim2real.estimators.critic_derivative import critic_jvp, critic_vjp
 from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
-from sim2real.estimators.model_critic import critic_jvp, critic_vjp, model_critic
+from sim2real.estimators.model_critic import model_critic
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.solvers import policy_optimum
 

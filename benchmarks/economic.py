@@ -208,7 +208,7 @@ def task_figures(task: Task, quick: bool) -> Iterator[Figure]:
     fits = [best_fitting(task, seed) for seed in range(seeds)]
     fitted = [judged(theta) for theta in fits]
     best = judged(*best_performing(task, fits[0], 30 if quick else 50))
-    results = [tuned(task, theta, seed, 100, 4 if quick else 6) for seed, theta in enumerate(fits)]
+    results = [tuned(task, theta, seed, 100, 3 if quick else 5) for seed, theta in enumerate(fits)]
     ends = [judged(result.theta, result.nu) for result in results]
     closed = [float((end - start).mean() / (best - start).mean()) for end, start in zip(ends, fitted, strict=True)]
     rate = task.sign * (1 - task.world.discount) * 60.0 / task.world.dt

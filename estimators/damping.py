@@ -32,6 +32,7 @@ from sim2real.solvers.spectrum import Spectrum, spectrum
 SADDLE = 1e-3
 """negative curvature beyond this share of the largest is no leftover of training: the point is a saddle"""
 
+_LEAST = 1e-6  # of the largest curvature: less costs a solve more steps than its accuracy, below 1 %, is worth
 _ATTEMPTS = 6  # each raises the damping by a third at least, mostly by two
 
 
@@ -43,7 +44,8 @@ def probe_damping(probe: Spectrum) -> tuple[float, str]:
     if _definite(low, width) or (probe.exact and low > rounding):
         return 0.0, f"no damping: the probe's lowest curvature is {low:.1e}, residual {width:.1e}"
     # flat directions of an exact spectrum: half of the digits for the bias, half for the noise
-    damping = max(2 * (max(0.0, -low) + width), torch.finfo(probe.values.dtype).eps ** 0.5 * size)
+    least = torch.finfo(probe.values.dtype).eps ** 0.5 if probe.exact else _LEAST
+    damping = max(2 * (max(0.0, -low) + width), least * size)
     return damping, f"damping {damping:.1e} from the probe's lowest curvature {low:.1e}, residual {width:.1e}"
 
 
@@ -60,14 +62,14 @@ def damped_solve(solve: Solve | None, matvec: Matvec, b: Params, *, steps: int =
     """Solve `(A + damping I) x = b`, damped as a probe of at most `steps` products asks, more where that is too little.
 
     Returns the solver too, for further right-hand sides: `solve`, or where that is None `cg` for a definite A, else CG
-    to a residual of 1e-4 behind the Ritz vectors of the probe. The report's eigenvalues and negative curvature are the
+    to a residual of 1e-3 behind the Ritz vectors of the probe. The report's eigenvalues and negative curvature are the
     extremes of probe and solves. It is not converged where A is too indefinite for a maximum: curvature below `-SADDLE`
     of the largest.
     """
     probe = spectrum(matvec, b, steps=steps, enough=_resolved)
     damping, why = probe_damping(probe)
     if solve is None:
-        solve = partial(nystrom_cg, tol=1e-4, sketch=_ritz_sketch(probe)) if damping else cg
+        solve = partial(nystrom_cg, tol=1e-3, sketch=_ritz_sketch(probe)) if damping else cg
     low, high = probe.lowest, probe.largest
     negative = probe.negative_curvature
     for _ in range(_ATTEMPTS):

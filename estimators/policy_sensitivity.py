@@ -68,7 +68,7 @@ def policy_sensitivity(
     solve meets more negative curvature (`estimators/damping.py`). `report.damping` and `report.status` say how much and
     why, every product uses it, and a saddle is refused all the same. dnu*/dtheta of an over-parameterised network is
     not identifiable and moves with the damping; its `action_sensitivity` hardly does. `solve` None: `cg`; where the
-    automatic damping is positive, to a relative residual of 1e-4 only (its bias is larger) and preconditioned.
+    automatic damping is positive, to a relative residual of 1e-3 only (its bias is larger) and preconditioned.
 
     `derivative_order` is the one of the model behind J (`mdp.derivative_order`): 2 exact products; 1 central
     differences of exact gradients, whose relative error of about 1e-9 limits the residual a solve can reach; 0 raises

@@ -78,7 +78,7 @@ def spectrum(
     apply, reference, restore = flatten(matvec, like, 0)
     given = [flatten(matvec, {key: start[key] for key in like}, 0)[1] for start in starts]
     space = _krylov(apply, reference, given, steps, enough, generator)
-    values, coordinates = torch.linalg.eigh(space.projected)
+    values, coordinates = torch.linalg.eigh(space.projected, UPLO="U")
     lowest, largest = float(values[0]), float(values[-1])
     residuals, vectors = space.rest @ coordinates.abs(), coordinates.mT @ space.basis
     return Spectrum(
@@ -99,7 +99,7 @@ def spectrum(
 
 @dataclass(frozen=True)
 class _Space:
-    """An orthonormal basis `[k, P]` and `V A V'` on it; `rest[j]` is what `A v_j` has outside, `[k]`."""
+    """An orthonormal basis `[k, P]`, the upper triangle of `V A V'`, and `rest[j]`, what `A v_j` has outside, `[k]`."""
 
     basis: Tensor
     projected: Tensor
@@ -127,24 +127,28 @@ def _krylov(
     for number, start in enumerate([*given, random]):
         before = count
         end = count + (limit - count) // (len(given) + 1 - number)
-        rest, scale = start[0], float(start.norm())
+        rest, scale = start[0] - basis[:count].T @ (basis[:count] @ start[0]), float(start.norm())
         while True:
-            for _ in range(2):  # Gram-Schmidt twice is orthogonal to rounding
-                rest = rest - basis[:count].T @ (basis[:count] @ rest)
+            # Gram-Schmidt twice is orthogonal to rounding; once was against the last two, or at the start of a block
+            overlap = basis[:count] @ rest
+            rest = rest - basis[:count].T @ overlap
+            if count > before:
+                projected[:count, count - 1] += overlap
             invariant = float(rest.norm()) <= 1e3 * torch.finfo(rest.dtype).eps * scale
             if invariant or count == end:
                 break
             if enough is not None and number == len(given) and count > before and (count - before) % 10 == 0:
-                values, coordinates = torch.linalg.eigh(projected[:count, :count])
+                values, coordinates = torch.linalg.eigh(projected[:count, :count], UPLO="U")
                 width = float(left[:count] @ coordinates[:, 0].abs() + rest.norm() * coordinates[-1, 0].abs())
                 if enough(count, float(values[0]), width, float(values[-1])):
                     break
             basis[count] = rest / rest.norm()
             rest = apply(basis[count][None])[0]
             check_finite(rest, count + 1, "Lanczos")
-            projected[: count + 1, count] = projected[count, : count + 1] = basis[: count + 1] @ rest
             count, largest = count + 1, max(largest, float(rest.norm()))
-            scale = largest
+            scale, near = largest, slice(max(0, count - 2), count)
+            projected[near, count - 1] = basis[near] @ rest
+            rest = rest - basis[near].T @ projected[near, count - 1]
         exhausted = exhausted and invariant
         if count > before:
             left[count - 1] = rest.norm()

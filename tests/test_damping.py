@@ -120,12 +120,12 @@ def test_without_a_solver_the_probe_preconditions_the_damped_solve() -> None:
     values = torch.cat([torch.logspace(3, 0, 30).double(), 1e-4 * torch.rand(300).double() - 5e-5])
     b = values.clamp_min(0.0) ** 0.5
     quick, solver = damped_solve(None, diagonal(values), {"x": b})
-    plain, _ = damped_solve(partial(cg, tol=1e-4), diagonal(values), {"x": b})
+    plain, _ = damped_solve(partial(cg, tol=1e-3), diagonal(values), {"x": b})
     assert quick.report.converged
     assert quick.report.damping == plain.report.damping > 1e-4
     assert 3 * quick.report.steps <= plain.report.steps
     x = solver(diagonal(values), {"x": b}, damping=quick.report.damping).x["x"]
-    assert float(((values + quick.report.damping) * x - b).norm()) <= 1e-4 * float(b.norm())
+    assert float(((values + quick.report.damping) * x - b).norm()) <= 1e-3 * float(b.norm())
     definite, solver = damped_solve(None, diagonal(values[:30]), {"x": b[:30]})
     assert solver is cg
     assert definite.report.damping == 0.0

@@ -151,7 +151,7 @@ def exact_margin(nu: Params, data: Any) -> Margin:
 
 def start_theta() -> Params:
     """Where `tune` begins: the world's own damping and gain."""
-    return {key: torch.tensor(value).double() for key, value in zip("db", START, strict=True)}
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in zip("db", START, strict=True)}
 
 
 def record(policy: Policy, nu: Params, iteration: int, generator: torch.Generator, *, episodes: int = 100) -> Rollout:

@@ -42,10 +42,9 @@ from sim2real.estimators.soft_value import (
     Method,
     StateValue,
     check_temperature,
-    consistency_figures,
+    consistency_info,
     inconsistency,
     soft_action_value,
-    soft_consistency,
 )
 from sim2real.estimators.transitions import RealReward, Transitions, transitions
 from sim2real.log import RolloutLog
@@ -119,11 +118,10 @@ def hessian_free_gradient(
         raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
     else:
         value_of = _rollouts(mdp, policy, fixed, noise, temperature, soft_value, method, rollouts)
-        if len(noise.process) > 1:
-            some = states[:: -(-len(states) // 200)].to(noise.process.dtype)
-            options = {"temperature": temperature, "actions": actions, "method": method}
-            info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, some, **options))
-            _warn(inconsistency(info, consistency_tol))
+        some = states[:: -(-len(states) // 200)].to(noise.process.dtype)
+        options = {"temperature": temperature, "actions": actions, "method": method}
+        info = consistency_info(mdp, policy, theta, fixed, noise, some, **options)
+        _warn(inconsistency(info, consistency_tol))
     nodes = action_nodes(policy, fixed, states, actions)
     grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once // rollouts)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}

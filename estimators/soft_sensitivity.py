@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,9 @@ from sim2real.estimators.soft_value import (
     Method,
     StateValue,
     check_temperature,
-    consistency_figures,
+    consistency_info,
     inconsistency,
     soft_action_value,
-    soft_consistency,
 )
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params, check_same_keys
@@ -89,20 +89,12 @@ def soft_sensitivity(
     every = [*(action for action, _ in nodes), *([taken] if taken is not None else [])]
     tiled = (states.repeat(len(every), 1), torch.cat(every))
     leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
-    info: dict[str, Tensor] = {}
     options = {"temperature": temperature, "method": method}
+    sampled = action_value is None
+    if action_value is None:
+        action_value = _rollouts(mdp, policy, fixed, noise, len(states), soft_value=soft_value, **options)
     with torch.enable_grad():
-        if action_value is not None:
-            q = action_value(leaves, *tiled)
-        elif noise is None:
-            raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
-        else:
-            rows = torch.arange(len(states), device=states.device).repeat(len(every)) % len(noise.process)
-            known = {"soft_value": soft_value, "rows": rows}
-            q = soft_action_value(mdp, policy, leaves, fixed, noise, *tiled, **known, **options)
-    if noise is not None and action_value is None and len(noise.process) > 1:
-        options["actions"] = actions
-        info = consistency_figures(soft_consistency(mdp, policy, theta, fixed, noise, states, **options))
+        q = action_value(leaves, *tiled)
     if q.shape != tiled[0].shape[:1] or not q.requires_grad:
         raise ValueError(f"the action value must be [{len(tiled[0])}] and depend on theta, got {tuple(q.shape)}")
     pull, push = _products(q, leaves)
@@ -112,6 +104,8 @@ def soft_sensitivity(
     else:
         fisher = partial(solve, damping=damping)
         chain, report = _of_nu(pull, push, policy, fixed, tiled, shares, temperature, fisher, cotangent)
+    options["actions"] = actions
+    info = consistency_info(mdp, policy, theta, fixed, noise, states, **options) if sampled else {}
     report = _judged(report, info, consistency_tol, strict)
     like = nu if taken is None else {"log_prob": q[: len(states)].detach()}
 
@@ -124,6 +118,21 @@ def soft_sensitivity(
         return _like(chain[1](v), like)
 
     return Sensitivity(vjp, jvp, report, info)
+
+
+def _rollouts(
+    mdp: ModelMDP, policy: Policy, nu: Params, noise: Noise | None, states: int, **options: Any
+) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    """theta, s, a -> Q_sim of in-sim rollouts; all actions of one of the `states` share their row of noise."""
+    if noise is None:
+        raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
+    count = len(noise.process)
+
+    def value(theta: Params, s: Tensor, a: Tensor) -> Tensor:
+        rows = torch.arange(len(s), device=s.device) % states % count
+        return soft_action_value(mdp, policy, theta, nu, noise, s, a, rows=rows, **options)
+
+    return value
 
 
 def _of_log_prob(

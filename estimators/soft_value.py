@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -165,8 +165,13 @@ def soft_consistency(
     return each.mean(), each.std(correction=0) / len(each) ** 0.5
 
 
-def consistency_figures(measured: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """What `soft_consistency` returns, as entries of an `info`."""
+def consistency_info(
+    mdp: ModelMDP, policy: Policy, theta: Params, nu: Params, noise: Noise | None, states: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """`soft_consistency` as the entries "consistency" and "consistency_stderr"; none without two rows of noise."""
+    if noise is None or len(noise.process) < 2:
+        return {}
+    measured = soft_consistency(mdp, policy, theta, nu, noise, states, **options)
     return dict(zip(("consistency", "consistency_stderr"), measured, strict=True))
 
 

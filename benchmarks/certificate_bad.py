@@ -298,19 +298,16 @@ def real_rollouts(gain: Tensor, episodes: int, steps: int, *, exploration: float
     return Rollout(torch.stack(states, 1), torch.stack(actions, 1), torch.stack(rewards, 1))
 
 
-def critic_certificate(seed: int, *, bump: float) -> Certificate:
-    return critic_estimate(seed, bump)[1]
-
-
-def critic_estimate(seed: int, bump: float) -> tuple[Estimate, Certificate]:
-    policy, log = linear_policy(1), real_rollouts(CRITIC["gain"], 300, 40, exploration=0.5, seed=seed, bump=bump)
+def critic_estimate(seed: int, *, bump: float, episodes: int = 300) -> tuple[Estimate, Certificate]:
+    """The gradient from `episodes` of 40 steps with a quadratic critic, and its certificate."""
+    policy, log = linear_policy(1), real_rollouts(CRITIC["gain"], episodes, 40, exploration=0.5, seed=seed, bump=bump)
     estimate = logged_policy_gradient(policy, CRITIC, log, real_discount=0.9)
     return estimate, certify_estimate(estimate, policy, CRITIC, log, real_discount=0.9)
 
 
 def biased_critic() -> Case:
     """Quadratic features for a value that is not quadratic; the truth is the pathwise gradient of 4000 rollouts."""
-    estimate, certificate = critic_estimate(0, 1.0)
+    estimate, certificate = critic_estimate(0, bump=1.0)
     gain = CRITIC["gain"].clone().requires_grad_()
     weights = 0.9 ** torch.arange(100, dtype=torch.float64)
     real = real_rollouts(gain, 4000, 100, exploration=0.0, seed=1, bump=1.0)

@@ -189,8 +189,8 @@ def _causes(claim: Params, found: Recomputation, at: Params, norm: Norm, allowed
     if mismatch > 0.5 * allowed:
         causes.append(
             f"products with the second derivatives of J differ from differences of its gradient, by {mismatch:.2e} in "
-            f"the product, allowed {allowed:.2e}: a part of the model has a wrong or silently zero second derivative; "
-            "pass derivative_order=1, or mend its backward"
+            f"the product, allowed {allowed:.2e}: a part of the model has a wrong or silently zero second derivative, "
+            "or a kink; pass derivative_order=1, or mend its backward"
         )
     elif found.uncertainty > 0.5 * allowed or found.remainder > 0.5 or not causes:
         causes.append(

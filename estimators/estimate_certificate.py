@@ -158,6 +158,12 @@ def _move(estimate: Estimate, wider: Estimate, nu: Params) -> tuple[float, float
     own = float(estimate.info["stderr"].norm()) if "stderr" in estimate.info else 0.0
     square = float(difference.square().sum())
     if "replicates" in estimate.info and "replicates" in wider.info:
+        shapes = tuple(wider.info["replicates"].shape), tuple(estimate.info["replicates"].shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"`gradient` left out groups {shapes[0]}, the estimate {shapes[1]}: bind the options of the estimate, "
+                "partial(logged_policy_gradient, groups=...)"
+            )
         noise = jackknife_stderr(wider.info["replicates"] - estimate.info["replicates"])
         square -= float(noise.square().sum())
     return max(square, 0.0) ** 0.5, own

@@ -9,7 +9,7 @@ be computed at a given nu, and each is measured:
                    changes least with delta; its change there counts as error, and so does that along a Newton step
     residual       `|C| |g - A x| / mu`, mu the lowest curvature known; where that is too coarse a further solve with
                    the residual as right-hand side, `C' A^-1 (g - A x)`, is added and counts instead
-    rounding       `10 eps (lambda / mu) |C| |x|`, lambda the largest curvature
+    rounding       `10 eps (lambda / mu) |C| |x|`, lambda the largest curvature; 1e-9 for 10 eps with differences
 
 and the products A x and C' x are compared with differences of grad J, which needs J once differentiable only, so that
 a derivative that is silently zero under a second differentiation shows; its effect on w counts as error. Nothing is
@@ -31,6 +31,7 @@ from sim2real.estimators.second_order import (
     DIFFERENCE,
     LocalProducts,
     Objective,
+    bend,
     by_differences,
     local_products,
     size_of,
@@ -44,8 +45,8 @@ Norm = Callable[[Params], float]
 _EPS = torch.finfo(torch.float64).eps
 # Below -1e-4 of the largest curvature nu is no maximiser; above, networks that are trained well enough have some.
 _INDEFINITE = 1e-4
-# Differences of the gradient of a smooth J agree to about 1e-8 of the largest curvature.
-_SMOOTH = 1e-3
+# One-sided slopes of the gradient of a smooth J differ by about 1e-5 of the largest curvature.
+_SMOOTH = 1e-2
 _NEWTON_STEPS = 5
 # A with less curvature than this, relative to the largest, counts as singular.
 _SINGULAR = 1e-10
@@ -121,6 +122,9 @@ def _at_maximum(
     polished, remainder = _maximiser(J, theta, nu, start, probe, order)
     local = start if polished is nu else local_products(J, theta, polished, order)
     product = _definite_product(local, g, probe, norm, order, max_steps)
+    if product is not None:  # what is left of the way, where nothing was gone to tell the effect by
+        left = size_of(local.gradient) / product.lowest / (1.0 + size_of(polished))
+        product = replace(product, error=product.error + 10 * left * norm(product.value))
     if product is not None and remainder > 0.1:
         before = _definite_product(start, g, probe, norm, order, max_steps)
         if before is None:
@@ -227,7 +231,7 @@ def _definite_product(
         fix = cg(local.curvature, r, tol=1e-2, max_steps=max_steps).x
         change = local.cross(fix)
         x, value, error = axpy(1.0, fix, x), axpy(1.0, change, value), min(error, norm(change))
-    error += 10 * _EPS * (probe.largest / lowest) * cross_size * size_of(x)
+    error += (10 * _EPS if order == 2 else 1e-9) * (probe.largest / lowest) * cross_size * size_of(x)
     return Product(value, x, error, 0.0, report.residual, lowest)
 
 
@@ -250,13 +254,13 @@ def _disagreement(
     if size_of(off) > noise[0]:
         fix = cg(local.curvature, off, damping=product.damping, tol=1e-2, max_steps=300).x
         effect += norm(local.cross(fix))
-    rough = _distance(near[0], far[0]) / max(probe.largest * size_of(x), 1e-300)
+    rough = size_of(bend(J, theta, nu, x, DIFFERENCE)) / max(probe.largest * size_of(x), 1e-300)
     info |= {"mismatch": effect, "roughness": rough}
     if rough <= _SMOOTH:
         return effect, ()
     text = (
-        f"grad J bends by {rough:.1e} of its slope within a relative step of {4 * DIFFERENCE:.0e}, more than "
-        f"{_SMOOTH:g}: nu sits at a kink, where the derivative is one-sided; move theta away from it"
+        f"the slope of grad J jumps by {rough:.1e} of the largest within a relative step of {DIFFERENCE:.0e}, more "
+        f"than {_SMOOTH:g}: nu sits at a kink, where the derivative is one-sided; move theta away from it"
     )
     return effect, (text,)
 

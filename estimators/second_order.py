@@ -39,6 +39,13 @@ def by_differences(J: Objective, theta: Params, nu: Params, x: Params, step: flo
     return {key: -value for key, value in slope(nu_up, nu_down).items()}, slope(theta_up, theta_down)
 
 
+def bend(J: Objective, theta: Params, nu: Params, x: Params, step: float) -> Params:
+    """Half the difference of the slopes of grad_nu J along x on both sides of nu: of order `step` where J is smooth."""
+    h = step * max(1.0, size_of(nu)) / max(size_of(x), 1e-300)
+    up, at, down = (gradients(J, theta, axpy(s * h, x, nu))[1] for s in (1, 0, -1))
+    return {key: (up[key] - 2 * at[key] + down[key]) / (2 * h) for key in up}
+
+
 def gradients(J: Objective, theta: Params, nu: Params, *, create_graph: bool = False) -> tuple[Params, Params]:
     """grad_theta J and grad_nu J at theta and nu, which must be leaves where a graph is kept."""
     if not create_graph:

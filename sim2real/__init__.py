@@ -1,6 +1,7 @@
 """sim2real: tune simulator parameters for the real return of the policy that training in the simulator would find."""
 
 from sim2real.bounds import Box, contains, default_params, from_unbounded, project, to_unbounded
+from sim2real.calibration import Calibration, CalibrationSettings, calibrate
 from sim2real.controllers import (
     append_clock,
     append_integral,
@@ -26,6 +27,7 @@ from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
 from sim2real.mdp import ModelMDP, Noise, sample_noise
+from sim2real.null_space import Freedom
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
 from sim2real.policy import (
     Policy,
@@ -54,11 +56,13 @@ from sim2real.solve_report import (
     UnconvergedError,
     UnconvergedWarning,
 )
-from sim2real.tuning import TuneResult, TuneSettings, TuneStep, tune, tune_step
+from sim2real.tuning import TradeOff, TuneResult, TuneSettings, TuneStep, tune, tune_step
 from sim2real.windows import WindowError
 
 __all__ = [
     "Box",
+    "Calibration",
+    "CalibrationSettings",
     "Comparison",
     "Constraint",
     "Estimate",
@@ -67,6 +71,7 @@ __all__ = [
     "ExportedPolicy",
     "FitResult",
     "FitSettings",
+    "Freedom",
     "Identifiability",
     "Jackknife",
     "LinearSolution",
@@ -86,6 +91,7 @@ __all__ = [
     "SafeStep",
     "Sensitivity",
     "SolveReport",
+    "TradeOff",
     "TuneResult",
     "TuneSettings",
     "TuneStep",
@@ -97,6 +103,7 @@ __all__ = [
     "assign_grads",
     "axpy",
     "boltzmann_policy",
+    "calibrate",
     "clipped_share",
     "concatenate_logs",
     "constraint_gradient",

@@ -17,8 +17,9 @@ Pair = tuple[Calibration, Calibration]
 
 
 def calibration_figures(pair: Pair) -> dict[str, str]:
-    """Reliability and histogram, and the errors by horizon."""
-    return {"reliability": reliability_figure(pair), "horizons": horizon_figure(pair)}
+    """Reliability and histogram; "horizons", the errors by horizon, only where there are several."""
+    figures = {"reliability": reliability_figure(pair)}
+    return figures | ({"horizons": horizon_figure(pair)} if len(pair[0].seconds) > 1 else {})
 
 
 def reliability_figure(pair: Pair) -> str:
@@ -86,15 +87,18 @@ def curve_figure(curve: Sequence[TradeOff]) -> str:
         best = max(entry.log_likelihood for entry in curve)
         cost = np.array([best - entry.log_likelihood for entry in curve])
         values = np.array([entry.real_return for entry in curve])
-        errors = 1.645 * np.nan_to_num(np.array([entry.real_return_stderr for entry in curve]))
-        ax.errorbar(cost, values, errors, color=BLUE, marker="o", ms=5, capsize=2.5, lw=1.4)
-        for entry, x, y in zip(curve, cost, values, strict=True):
+        ax.plot(cost, values, color=BLUE, marker="o", ms=5, lw=1.4)
+        for k, (entry, x, y) in enumerate(zip(curve, cost, values, strict=True)):
             text = "tuned" if entry.weight == 0 else "start" if math.isinf(entry.weight) else f"{entry.weight:.2g}"
-            ax.annotate(text, (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
+            side = (6, -13) if k % 2 else (-6, 8)
+            ax.annotate(
+                text, (x, y), textcoords="offset points", xytext=side, fontsize=8, ha="left" if k % 2 else "right"
+            )
+        ax.margins(y=0.15)
         ax.set_xscale("symlog", linthresh=1.0)
-        ax.set_xlim(left=-0.1)
+        ax.set_xlim(left=-0.3)
         ax.set_xlabel("log-likelihood given up [nat]")
-        ax.set_ylabel("real return (estimated, 90 %)")
+        ax.set_ylabel("real return, estimated")
 
     return draw(paint, size=(8.0, 3.4))
 

@@ -68,7 +68,8 @@ def tune_tables(result: TuneResult) -> list[Table]:
     first = result.history[0] if result.history else {}
     for name, value in result.theta.items():
         if value.ndim == 0:
-            values.add_row(name, number(first.get(f"theta.{name}"), 5), number(float(value), 5))
+            start = first.get(f"theta.{name}", float(value))  # held parameters are not in the history
+            values.add_row(name, number(start, 5), number(float(value), 5))
     return [iterations, values]
 
 

@@ -29,7 +29,9 @@ def tune_figures(result: TuneResult, units: Mapping[str, str], likelihood: Gauss
     if any(key.startswith("theta.") for key in result.history[0]):
         figures["path"] = path_figure(result.history, units)
     if likelihood is not None:
-        figures["tradeoff"] = tradeoff_figure(result.history, likelihood)
+        free = result.freedom
+        end = None if free is None else (-free.log_likelihood[1], measured(_last_kept(result.history))[0])
+        figures["tradeoff"] = tradeoff_figure(result.history, likelihood, end)
     return figures
 
 
@@ -138,8 +140,17 @@ def search_figure(history: Sequence[Mapping[str, float]]) -> str:
     return draw(paint, 1, 2, size=(10.0, 3.0))
 
 
-def tradeoff_figure(history: Sequence[Mapping[str, float]], likelihood: Gaussian) -> str:
-    """Real return against what the move costs in likelihood of the log; up is better, right is nearer to the log."""
+def _last_kept(history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return [record for record in history if record["accepted"]][-1]
+
+
+def tradeoff_figure(
+    history: Sequence[Mapping[str, float]], likelihood: Gaussian, end: tuple[float, float] | None = None
+) -> str:
+    """Real return against what the move costs in likelihood of the log: up is better, left is nearer to the log.
+
+    `end`: cost and return after the last move of theta, at equal policy.
+    """
 
     def paint(axes: Any) -> None:
         ax = axes[0, 0]
@@ -150,6 +161,8 @@ def tradeoff_figure(history: Sequence[Mapping[str, float]], likelihood: Gaussian
         points = ax.scatter(cost[kept], values[kept], c=np.arange(len(cost))[kept], cmap="viridis", s=28, zorder=3)
         if not kept.all():
             ax.scatter(cost[~kept], values[~kept], marker="x", color=RED, s=28, label="undone")
+        if end is not None:
+            ax.plot(*end, "*", color=BLUE, ms=11, zorder=4, label="likeliest of equal policy")
         _frame_kept(ax, cost, values, np.zeros_like(values), kept)
         legend_above(ax)
         ax.set_xscale("symlog", linthresh=1.0)

@@ -53,9 +53,12 @@ def use_freedom(task: Task, search: Search, likelihood: Likelihood) -> tuple[Fre
     except UNUSABLE as cause:
         return None, f"the freedom of equal policies was not used: {cause}"
     (before, after), (first, last) = free.log_likelihood, free.real_return
+    if not free.dimension:
+        return free, "every direction of theta changes the policy: nothing is left to the likelihood"
+    some = "1 direction of theta leaves" if free.dimension == 1 else f"{free.dimension} directions of theta leave"
     return free, (
-        f"{free.dimension} directions of theta leave the policy as it is: moved there, log-likelihood {before:.4g} -> "
-        f"{after:.4g} nat, real return {first:.6g} -> {last:.6g} ({free.status})"
+        f"{some} the policy as it is: moved there, log-likelihood {before:.4g} -> {after:.4g} nat, "
+        f"real return {first:.6g} -> {last:.6g} ({free.status})"
     )
 
 

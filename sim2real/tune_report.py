@@ -73,7 +73,8 @@ def _tune_headline(result: TuneResult, likelihood: Gaussian | None) -> list[dict
         {"value": number(kept[-1].get("transitions"), 6), "label": "real transitions used"},
     ]
     if likelihood is not None:
-        cost = -log_likelihood(kept[-1], likelihood)
+        free = result.freedom
+        cost = -log_likelihood(kept[-1], likelihood) if free is None else -free.log_likelihood[1]
         cards.append({"value": f"{number(cost, 3)} nat", "label": "likelihood given up"})
     return cards
 
@@ -105,7 +106,7 @@ def _iteration_cells(record: Mapping[str, float], margins: Sequence[str]) -> lis
         number(record.get("transitions"), 6),
         number(record.get("effective_sample_size"), 4),
         verdict,
-        "–" if bound is None else f"{number(100 * bound, 2)} %",
+        "–" if bound is None else _percent(bound),
         *(number(record.get(key), 3) for key in margins),
         "yes" if record["accepted"] else "undone",
     ]
@@ -129,8 +130,12 @@ def _certificate_text(history: Sequence[Mapping[str, float]]) -> str:
     failed = sum(record["certified"] == 0 for record in judged)
     refused = f" {failed} failed, and those steps were refused." if failed else ""
     bounds = [record["relative_bound"] for record in judged if record["certified"] and "relative_bound" in record]
-    worst = f" The error of a certified gradient is at most {number(100 * max(bounds), 2)} % of it." if bounds else ""
+    worst = f" The error of a certified gradient is at most {_percent(max(bounds))} of it." if bounds else ""
     return f"The gradients of {len(judged)} of {len(history)} candidates were judged.{refused}{worst}"
+
+
+def _percent(share: float) -> str:
+    return "< 0.01 %" if share < 1e-4 else f"{number(100 * share, 2)} %"
 
 
 def _freedom_text(result: TuneResult) -> str:
@@ -139,11 +144,17 @@ def _freedom_text(result: TuneResult) -> str:
     if free is None:
         return ""
     (before, after), (first, last) = free.log_likelihood, free.real_return
+    if not free.dimension:
+        return "Every direction of the tuned parameters changes the policy: the real return leaves no freedom."
+    some = (
+        "1 direction of the tuned parameters leaves"
+        if free.dimension == 1
+        else (f"{free.dimension} directions of the tuned parameters leave")
+    )
     return (
-        f"The best policy does not belong to one theta alone: {free.dimension} directions of the tuned parameters "
-        f"leave it as it is. Theta was moved there to the likeliest such model: log-likelihood {number(before)} → "
-        f"{number(after)} nat, real return {number(first, 6)} → {number(last, 6)}, relative change of the policy "
-        f"{number(free.policy_change, 2)}."
+        f"The best policy does not belong to one theta alone: {some} it as it is. Theta was moved there to the "
+        f"likeliest such model: log-likelihood {number(before)} → {number(after)} nat, real return {number(first, 6)} "
+        f"→ {number(last, 6)}, relative change of the policy {number(free.policy_change, 2)}."
     )
 
 

@@ -164,7 +164,7 @@ def test_after_a_fit_freedom_calibration_and_trade_off_are_reported(
     assert [entry["weight"] for entry in report["trade_off"]][::2] == [0.0, None]  # tuned, in between, start
     assert all(row["certified"] == 1 for row in document["history"] if row["accepted"])
     html = Path("run/report.html").read_text()
-    for text in ("Predictive calibration", "directions of the tuned parameters leave it", "certified"):
+    for text in ("Predictive calibration", "1 direction of the tuned parameters leaves it", "certified"):
         assert text in html
 
 

@@ -153,14 +153,18 @@ def relative(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def one_vjp(p: Trained) -> tuple[float, float, Sensitivity]:
-    """The error of one VJP, its processor seconds, and the sensitivity it came from."""
+def one_vjp(p: Trained) -> tuple[Params, float, Sensitivity]:
+    """One VJP, its processor seconds, and the sensitivity it came from."""
     start = time.process_time()
     found = sensitivity(p)
     pulled = found.vjp(p.cotangent)
-    seconds = time.process_time() - start
+    return pulled, time.process_time() - start, found
+
+
+def vjp_error(p: Trained, pulled: Params) -> float:
+    """Relative error of one VJP."""
     expected = torch.einsum("bm,bmp->p", p.cotangent["action"], p.derivative)
-    return relative(ravel(pulled), expected), seconds, found
+    return relative(ravel(pulled), expected)
 
 
 def jacobian_error(p: Trained, found: Sensitivity) -> float:
@@ -207,8 +211,8 @@ def s_scale(quick: bool) -> Iterator[Figure]:
         errors, products, seconds = [], [], []
         for seed in seeds:
             p = trained(width, seed, 300 if quick else STEPS[name])
-            error, spent, found = one_vjp(p)
-            products.append(error)
+            pulled, spent, found = one_vjp(p)
+            products.append(vjp_error(p, pulled))
             seconds.append(spent)
             errors.append(jacobian_error(p, found))
         yield Figure(name, max(errors), "relative error", len(errors), 0.04)

@@ -120,7 +120,7 @@ def _krylov(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     random = torch.randn(1, size, generator=generator, dtype=reference.dtype).to(reference.device)
     limit = min(steps, size)
-    basis = reference.new_zeros(limit, size)
+    basis = reference.new_empty(limit, size)  # pages that no step writes stay out of memory
     projected, left = reference.new_zeros(limit, limit), reference.new_zeros(limit)
     count, before, largest = 0, 0, 0.0
     exhausted = True

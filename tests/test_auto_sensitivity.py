@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ def noise_of(rollouts: int, horizon: int = 30):
 
 
 def test_a_stationary_policy_of_a_differentiable_model_takes_the_hessian() -> None:
-    noise = noise_of(64)
+    noise = noise_of(32, horizon=15)
     J = lambda theta, nu: expected_return(P.mdp, P.policy, theta, nu, noise)
     nu = policy_optimum(J, P.theta, P.nu).nu
     found = auto_sensitivity(P.mdp, P.policy, P.theta, nu, noise, cotangent=G)
@@ -77,12 +78,37 @@ def test_a_black_box_whose_policy_class_binds_takes_second_order_scores() -> Non
         act=lambda nu, s, e: full.act(mask(spread(nu)), s, e),
         log_prob=lambda nu, s, a: full.log_prob(mask(spread(nu)), s, a),
     )
-    noise = sample_noise(P.mdp, policy, 1500, 30, seeded(0))
+    noise = sample_noise(P.mdp, policy, 1500, 20, seeded(0))
     J = lambda theta, nu: expected_return(P.mdp, policy, theta, nu, noise)
     nu = policy_optimum(J, P.theta, {"four": P.nu["gain"][MASK.bool()]}).nu
     found = auto_sensitivity(BLACK, policy, P.theta, nu, noise, tolerance=0.1)
     assert found.report.status.startswith("chose score")
     assert "the policy class binds" in found.report.status
+
+
+def test_a_deterministic_policy_that_binds_is_refused_or_bounded() -> None:
+    sure = linear_policy(2)
+    spread = lambda nu: {"gain": torch.zeros(2, 4, dtype=nu["four"].dtype).masked_scatter(MASK.bool(), nu["four"])}
+    policy = replace(sure, act=lambda nu, s, e: sure.act(spread(nu), s, e))
+    J = lambda theta, nu: exact_return(spread(nu)["gain"], theta, std=0.0)
+    nu = policy_optimum(J, P.theta, {"four": P.nu["gain"][MASK.bool()]}).nu
+    trying = exploring_policy(policy, torch.full((2,), 0.3).double())
+    noise = sample_noise(P.mdp, trying, 600, 20, seeded(0))
+    g = {"four": torch.ones(4, dtype=torch.float64)}
+    with pytest.raises(
+        UnconvergedError, match=r"the policy class binds.*score: a deterministic policy has no log_prob"
+    ):
+        auto_sensitivity(BLACK, policy, P.theta, nu, noise, behaviour=trying, cotangent=g)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)
+        found = auto_sensitivity(
+            BLACK, policy, P.theta, nu, noise, behaviour=trying, cotangent=g, fallback="function_space"
+        )
+    truth = policy_sensitivity(J, P.theta, nu).vjp(g)
+    error = float((ravel(found.vjp(g)) - ravel(truth)).norm())
+    assert found.report.error_bound is not None
+    assert found.report.error_bound > error
+    assert "the policy class binds, for an error of up to" in found.report.status
 
 
 def test_a_policy_short_of_the_optimum_is_refused_with_what_it_costs() -> None:
@@ -111,13 +137,13 @@ def test_a_named_fallback_tells_the_cost_and_the_error(mdp: ModelMDP) -> None:
     assert float(found.info["gain"]) == pytest.approx(exact[0] - exact[1], rel=0.5)  # 10 000 transitions
 
 
-def exact_return(gain: Tensor) -> Tensor:
+def exact_return(gain: Tensor, theta: Params = P.theta, std: float = 0.5) -> Tensor:
     """From s_0 ~ N(0, I), by the recursion of the second moment."""
     second, total = torch.eye(4, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    closed = P.theta["A"] - P.theta["B"] @ gain
-    for t in range(200):
+    closed = theta["A"] - theta["B"] @ gain
+    for t in range(80):
         total = total - 0.9**t * ((torch.eye(4).double() + 0.3 * gain.mT @ gain) * second).sum()
-        second = closed @ second @ closed.mT + 0.25 * P.theta["B"] @ P.theta["B"].mT + 0.09 * torch.eye(4).double()
+        second = closed @ second @ closed.mT + std**2 * theta["B"] @ theta["B"].mT + 0.09 * torch.eye(4).double()
     return total
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.oracles.lqr import gain_jvp, optimal_gain, random_system
-from sim2real import Params, Policy, UnconvergedError, UnconvergedWarning, deterministic_policy, dot, linear_policy
+from sim2real import (
+    Params,
+    Policy,
+    UnconvergedError,
+    UnconvergedWarning,
+    deterministic_policy,
+    dot,
+    linear_policy,
+    ravel,
+)
 from sim2real.estimators.critic_gauss_newton import critic_gauss_newton
 from sim2real.estimators.model_critic import policy_nodes
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
@@ -91,25 +100,28 @@ def test_a_full_gain_equals_bellman_by_scipy(seed: int, std: float) -> None:
     assert found.report.converged
 
 
-def test_a_gain_that_binds_is_refused_and_is_wrong() -> None:
-    """Every other entry of the gain held at 0: the reference saw errors of 12 to 43 % there."""
-    p = lqr(0)
+@pytest.mark.parametrize("seed", [0, 1, 4, 5])
+def test_a_gain_that_binds_is_refused_and_is_wrong_by_what_the_figure_says(seed: int) -> None:
+    """Every other entry of the gain held at 0: the reference saw errors of 12 to 43 % on two systems."""
+    p = lqr(seed)
     policy = deterministic_policy(lambda nu, s: -s @ (MASK * nu["gain"]).mT)
 
     def J(theta: Params, nu: Params) -> Tensor:
         return -cost_to_go(p, theta, MASK * nu["gain"]).diagonal().sum()
 
-    nu = policy_optimum(J, p.theta, {"gain": MASK * p.gain}).nu
+    nu = policy_optimum(J, p.theta, {"gain": MASK * p.gain}, max_steps=200).nu
+    # the masked entries of nu have no influence: the damping holds them
     with pytest.warns(UnconvergedWarning, match="the policy class binds"):
         found = sensitivity(p, policy, nu, MASK * nu["gain"], damping=1e-9)
-    v, _ = directions(p.theta)
-    # the masked entries of nu have no influence: the damping fixes them at no change
-    exact = policy_sensitivity(J, p.theta, nu, damping=1e-9).jvp(v)["gain"] * MASK
-    error = float((found.jvp(v)["gain"] * MASK - exact).norm() / exact.norm())
-    assert error > 0.02
+    exact = policy_sensitivity(J, p.theta, nu, damping=1e-9)
     assert not found.report.converged
     assert float(found.info["unrepresentable"]) > 0.1
     assert float(found.info["distance"]) < 1e-6  # stationary all the same
+    for direction in range(3):
+        g = {"gain": MASK * directions(p.theta, direction)[1]["gain"]}
+        error = ravel(found.vjp(g)) - ravel(exact.vjp(g))
+        ratio = float(error.norm() / ravel(exact.vjp(g)).norm()) / float(found.info["unrepresentable"])
+        assert 0.05 < ratio < 3.0  # 0.1 to 2.6 over ten systems
     with pytest.raises(UnconvergedError, match="the policy class binds"):
         sensitivity(p, policy, nu, MASK * nu["gain"], damping=1e-9, strict=True)
 

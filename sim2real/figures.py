@@ -242,7 +242,7 @@ def correlation_figure(names: Sequence[str], correlation: Tensor) -> str:
     return draw(paint, size=(size + 1.0, size))
 
 
-def spectrum_figure(spectrum: Tensor, open_directions: int) -> str:
+def spectrum_figure(spectrum: Tensor, fixed_directions: Tensor) -> str:
     """Eigenvalues of the scaled information, largest first; those of directions the data do not fix in red."""
 
     def paint(axes: Any) -> None:
@@ -252,7 +252,7 @@ def spectrum_figure(spectrum: Tensor, open_directions: int) -> str:
         positive = values[values > 0]
         floor = float(positive.min()) / 10 if len(positive) else 1e-12
         shown = np.maximum(values, floor)
-        fixed = number <= len(values) - open_directions
+        fixed = fixed_directions.numpy()
         for choice, color, label in ((fixed, BLUE, "fixed by the data"), (~fixed, RED, "not fixed")):
             if choice.any():
                 ax.vlines(number[choice], floor, shown[choice], color=color, lw=2)
@@ -323,6 +323,6 @@ def fit_figures(result: FitResult) -> dict[str, str]:
         "growth": growth_figure(shown.fitted, shown.initial),
         "runs": run_figure(shown.fitted, shown.initial),
         "correlation": correlation_figure([row.name for row in result.rows], result.correlation),
-        "spectrum": spectrum_figure(result.spectrum, len(result.directions)),
+        "spectrum": spectrum_figure(result.spectrum, result.fixed),
         "convergence": convergence_figure(result.history),
     }

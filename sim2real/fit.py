@@ -135,6 +135,8 @@ class FitResult:
     """`[P, P]`"""
     spectrum: Tensor
     """`[P]` eigenvalues of the scaled information, largest first"""
+    fixed: Tensor
+    """`[P]` bool: whether the data fix that direction of the spectrum (not always the largest ones)"""
     directions: tuple[dict[str, float], ...]
     """each: a combination of parameters (name -> component, scaled) that the data do not fix"""
     report: SolveReport
@@ -178,6 +180,7 @@ def fit(
         correlation=facts.correlation,
         covariance=facts.covariance,
         spectrum=facts.spectrum,
+        fixed=facts.fixed,
         directions=facts.directions,
         report=found.report,
         history=_history(found),

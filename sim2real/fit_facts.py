@@ -40,6 +40,7 @@ class FitFacts:
     covariance: Tensor
     correlation: Tensor
     spectrum: Tensor
+    fixed: Tensor
     directions: tuple[dict[str, float], ...]
     notes: tuple[str, ...]
 
@@ -56,7 +57,8 @@ def fit_facts(misfit: Misfit, found: Minimum, silent: Tensor, *, block: float = 
         note = f"{unknowns.count} entries of theta: intervals and spectrum are computed for at most {MANY}"
         rows = _rows(unknowns, found, unknown, silent, torch.zeros(P, dtype=torch.bool))
         square = found.x.new_full((P, P), torch.nan)
-        return FitFacts(rows, square, square, unknown[: unknowns.count], (), (note,))
+        spectrum = unknown[: unknowns.count]
+        return FitFacts(rows, square, square, spectrum, torch.ones_like(spectrum, dtype=torch.bool), (), (note,))
     windows = _linearization(misfit, found)
     precision, nuisance = unknowns.std.pow(-2), torch.arange(P) >= unknowns.count
     seconds = max(block, WINDOWS_PER_BLOCK * windows.horizon)
@@ -78,6 +80,7 @@ def fit_facts(misfit: Misfit, found: Minimum, silent: Tensor, *, block: float = 
         intervals.covariance,
         correlation(intervals.covariance),
         facts.spectrum,
+        facts.fixed,
         facts.directions,
         (*intervals.notes, *_notes(rows, facts.directions)),
     )

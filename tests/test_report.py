@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sim2real.calibration import Calibration
 from sim2real.evaluation import Evaluation, RunScore
+from sim2real.figures import spectrum_figure
 from sim2real.fit import Comparison, FitResult
 from sim2real.fit_facts import ParameterRow
 from sim2real.null_space import Freedom
@@ -62,7 +63,8 @@ def result(*, signals: int = 1, runs: int = 2, left_out: bool = True) -> FitResu
     history = tuple({"step": float(k), "loss": 0.1**k + 0.01, "gradient": 0.1**k, "stage": 2.0} for k in range(4))
     return FitResult(
         theta={"mgl": torch.tensor(2.5)}, nuisance={}, rows=rows, correlation=square, covariance=square,
-        spectrum=torch.tensor([1e4, 1e2, 1e-3, 0.0]).double(), directions=({"inertia": 0.8, "mgl": -0.6},),
+        spectrum=torch.tensor([1e4, 1e2, 1e-3, 0.0]).double(),
+        fixed=torch.tensor([True, False, True, False]), directions=({"inertia": 0.8, "mgl": -0.6},),
         report=SolveReport(True, 1e-9, 3, "converged"), history=history, training=pair,
         left_out=pair if left_out else None, notes=(HOSTILE,),
     )  # fmt: skip
@@ -223,6 +225,25 @@ def test_returns_are_the_measured_ones_where_there_are_some() -> None:
     assert measured(history[1]) == (-9.0, 0.4)
     likelihood = ({"mgl": torch.tensor(2.0).double()}, torch.tensor([[2.0]]).double())
     assert log_likelihood(history[2], likelihood) == pytest.approx(-0.04, rel=1e-12)
+
+
+def test_the_spectrum_paints_the_directions_that_are_open_not_the_last_ones() -> None:
+    spectrum = torch.tensor([1e4, 1e2, 1e-3]).double()
+    drawings = [spectrum_figure(spectrum, torch.tensor(fixed)) for fixed in ([True, False, True], [True, True, False])]
+    assert drawings[0] != drawings[1]
+    # red bars: one of each drawing, at its own place
+    red = [re.findall(r'd="M ([0-9.]+)[^"]*"[^>]*stroke: #d55e00', svg) for svg in drawings]
+    assert red[0]
+    assert red[0] != red[1]
+
+
+def test_held_parameters_have_a_start_in_the_table() -> None:
+    whole = tuned()
+    held = dataclasses.replace(whole, theta={**whole.theta, "length": torch.tensor(0.75)})
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(tune_tables(held)[1])
+    line = next(line for line in console.export_text().splitlines() if line.startswith("length"))
+    assert line.split() == ["length", "0.75", "0.75"]
 
 
 def test_tables_for_a_terminal() -> None:

@@ -186,7 +186,8 @@ def _decided(
 ) -> Search:
     """Keep the candidate or return to the anchor, adapt the radius, write the history."""
     anchor, point, iteration = search.anchor, trial.point, search.iteration + 1
-    fell = _fell(measured, search.measured, settings.confidence)
+    # on the way back into the limits a lower return is the price, not a reason to turn round
+    fell = feasible(anchor) and _fell(measured, search.measured, settings.confidence)
     accepted = _improves(point, anchor) and not fell
     worthless = fell or not point.trusted
     worthless = worthless or (feasible(anchor) and not feasible(point))

@@ -16,6 +16,7 @@ from benchmarks.safety import (
     TRUTH,
     WORLD,
     exact_gradient,
+    exact_margin,
     model_gain,
     model_return,
     record,
@@ -27,7 +28,17 @@ from benchmarks.safety import (
     tuned,
     world_return,
 )
-from sim2real import Constraint, linear_policy, posterior_draws, sample_noise, tune, worst_case_gradient
+from sim2real import (
+    Constraint,
+    Params,
+    Policy,
+    Rollout,
+    linear_policy,
+    posterior_draws,
+    sample_noise,
+    tune,
+    worst_case_gradient,
+)
 from sim2real.tune_state import TuneSettings
 from tests.problems import scalar, seeded
 
@@ -42,6 +53,36 @@ def test_the_limit_is_met_exactly_and_nothing_more_is_given_away() -> None:
     # SLSQP's own derivatives are numerical: about 1e-8 in the return, its root in theta
     assert value == pytest.approx(best, rel=1e-7)
     np.testing.assert_allclose(theta, reference, atol=1e-3)
+
+
+def test_a_lower_recorded_return_does_not_stop_the_way_back_into_the_limits() -> None:
+    def exactly(policy: Policy, nu: Params, iteration: int, generator: torch.Generator) -> Rollout:
+        """Two one-step episodes that record the exact return, almost without spread: every fall is significant."""
+        value = world_return(nu["gain"]) + torch.tensor([-1e-9, 1e-9]).double()
+        return Rollout(torch.zeros(2, 2, 2).double(), torch.zeros(2, 1, 1).double(), value.unsqueeze(-1))
+
+    policy, theta = linear_policy(1), start_theta()
+    found = tune(
+        WORLD,
+        policy,
+        theta,
+        model_gain(theta, {}),
+        None,
+        None,
+        real_reward=None,
+        real_discount=GAMMA,
+        collect=exactly,
+        objective=model_return,
+        optimum=model_gain,
+        gradient=exact_gradient,
+        constraints={"effort": exact_margin},
+        settings=TuneSettings(max_steps=12, radius=2.0),
+        scale={key: scalar(0.05) for key in "db"},
+    )
+    returns = [row["measured_return"] for row in found.history if row["accepted"]]
+    assert min(returns) < returns[0]
+    assert float(exact_margin(found.nu, None).value) > -1e-4
+    assert float(world_return(found.nu["gain"])) == pytest.approx(scipy_optimum()[1], rel=1e-3)
 
 
 def test_the_worst_case_over_draws_is_met() -> None:

@@ -68,7 +68,7 @@ def balance(program: Program) -> tuple[Program, Scaling]:
     """Rows and columns of `[[H, A', G'], [A, 0, 0], [G, 0, 0]]` brought to largest entries near 1, then the cost."""
     H, g, A, b, G, h = program
     column, row_A, row_G = torch.ones_like(g), torch.ones_like(b), torch.ones_like(h)
-    for _ in range(12):
+    for _ in range(8):
         sizes = [M.abs() for M in (H, A, G)]
         largest = torch.stack([size.amax(-2) for size in sizes if size.shape[-2]]).amax(0)
         columns, equal, unequal = (_inverse_root(v) for v in (largest, sizes[1].amax(-1), sizes[2].amax(-1)))
@@ -109,22 +109,20 @@ def residual(program: Program, point: Point) -> tuple[Tensor, Tensor]:
 def interior_point(program: Program, *, max_steps: int, tol: float = 1e-9, start: Point | None = None) -> Point:
     """Iterates until the residual is below tol, rounding stops them, or `max_steps` are taken; see `residual`."""
     point = first_point(program) if start is None else start
-    todo = torch.arange(program.g.shape[0], device=program.g.device)
+    todo, part = torch.arange(program.g.shape[0], device=program.g.device), program
     best, error = point, residual(program, point)[0]
-    none = torch.zeros_like(error).unsqueeze(-1)
+    none, live = torch.zeros_like(error).unsqueeze(-1), torch.ones_like(todo, dtype=torch.bool)
     for _ in range(max_steps):
-        late = error[todo] > tol
-        todo = todo[late]
+        late = (error[todo] > tol) & live
+        if not bool(late.all()):
+            todo, part = todo[late], rows(part, late)
         if len(todo) == 0:
             break
-        part = rows(program, todo)
         moved = central_path_step(part, Point(*(value[todo] for value in point)), none[todo])
         found = residual(part, moved)[0]
-        alive = torch.isfinite(found)
-        todo, moved, found = todo[alive], Point(*(value[alive] for value in moved)), found[alive]
-        point = Point(*(old.index_copy(0, todo, new) for old, new in zip(point, moved, strict=True)))
-        better = found < error[todo]
+        live, better = torch.isfinite(found), found < error[todo]
         kept = todo[better]
+        point = Point(*(old.index_copy(0, todo, new) for old, new in zip(point, moved, strict=True)))
         best = Point(*(old.index_copy(0, kept, new[better]) for old, new in zip(best, moved, strict=True)))
         error = error.index_copy(0, kept, found[better])
     return best

@@ -18,7 +18,7 @@ their extrapolation).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import chi2
@@ -52,6 +52,8 @@ class Audit:
     """`<w, v>` `[k]`"""
     measured: Tensor
     """the slopes found `[k]`"""
+    failure: str = ""
+    """what a re-solve at a shifted theta raised"""
 
 
 def audit(
@@ -69,7 +71,8 @@ def audit(
     """Compare `product`, the claimed `(dnu*/dtheta)^T cotangent`, with re-solves at theta +- h v and +- h v / 2.
 
     `optimum(theta, nu0)` is called 4 `directions` times for every step tried, and once more, with nu0 = nu. `scale`
-    (keys and shapes of theta; ones when None) sets the units of theta: how far each parameter may reasonably move. h
+    (keys and shapes of theta; ones when None) sets the units of theta: how far each entry may reasonably move, 0 for
+    fixed ones. h
     moves no parameter by more than `step` times its size (the root mean square of its tensor, 1 for a zero one). `step`
     None tries 1e-4 (smooth), 1e-6 (kinks near by), 1e-3 and 1e-2 (noisy solvers) until the noise is below 1 % of the
     slopes, and keeps the quietest.
@@ -84,21 +87,30 @@ def audit(
     moves, whole = _directions(theta, scale, directions, generator)
     size = map_params(_typical, theta)
 
+    failures: list[str] = []
+
     def f(shifted: Params) -> float:
         found = optimum(shifted, nu)
         return float(dot(g, {key: found[key].detach().double() for key in g}))
+
+    def tried(shifted: Params) -> float:
+        try:
+            return f(shifted)
+        except (ValueError, RuntimeError) as failure:  # unstable, infeasible, unconverged: reported, not hidden
+            failures.append(str(failure))
+            return float("nan")
 
     center, claim = f(theta), {key: value.detach().double() for key, value in product.items()}
     claimed = torch.stack([dot(claim, v) for v in moves])
     best: Audit | None = None
     for each in steps:
-        rows = [_slopes(f, theta, v, center, each * _reach(size, v)) for v in moves]
+        rows = [_slopes(tried, theta, v, center, each * _reach(size, v)) for v in moves]
         found = _summary(claimed, torch.tensor(rows, dtype=torch.float64), whole)
         best = found if best is None or found.noise < best.noise else best
         if best.noise <= _QUIET * best.size or best.kink > _QUIET * best.size:
             break
     assert best is not None
-    return best
+    return replace(best, failure=failures[0] if failures and best.noise == float("inf") else "")
 
 
 def _summary(claimed: Tensor, rows: Tensor, whole: bool) -> Audit:
@@ -123,11 +135,14 @@ def _directions(
     theta: Params, scale: Params | None, count: int, generator: torch.Generator | None
 ) -> tuple[list[Params], bool]:
     """The directions, and whether they are all of the units."""
-    units = ravel(scale).double() if scale is not None else torch.ones_like(ravel(theta))
     if scale is not None:
         check_same_keys(theta, scale, "scale")
-    if len(units) <= count:
-        return [unravel(row, theta) for row in torch.diag(units)], True
+    units = ravel(scale).double() if scale is not None else torch.ones_like(ravel(theta))
+    if not bool(units.any()):
+        raise ValueError("scale is zero everywhere: no parameter may move, so there is nothing to audit")
+    moving = units.nonzero().flatten()
+    if len(moving) <= count:
+        return [unravel(row, theta) for row in torch.diag(units)[moving]], True
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
     z = torch.randn(count, len(units), generator=rng, dtype=torch.float64).to(units.device)
     return [unravel(row, theta) for row in z * units], False

@@ -205,7 +205,9 @@ def _from_audit(checked: Audit | None, claimed: float, tol: float, atol: float) 
     size = checked.size
     reasons: tuple[str, ...] = ()
     allowed = max(tol * size, atol)
-    if not checked.noise <= 0.5 * allowed:
+    if checked.failure:
+        reasons += (f"a re-solve near theta failed, so nothing bounds the error: {checked.failure}",)
+    elif not checked.noise <= 0.5 * allowed:
         reasons += (
             f"the re-solves are too noisy to judge by: {checked.noise:.2e} against {allowed:.2e} allowed; solve more "
             "tightly, or pass a larger step",

@@ -68,16 +68,18 @@ def plateau_product(local: LocalProducts, g: Params, probe: Spectrum, norm: Norm
 
 def _lanczos(curvature: Callable[[Params], Params], g: Params, steps: int) -> tuple[Tensor, Tensor, float]:
     """Orthonormal basis `[k, P]` of the Krylov space of g, A on it `[k, k]`, and the norm of what leads out of it."""
-    vectors, images, rest = [ravel(g) / size_of(g)], [], 0.0
-    while True:
-        basis = torch.stack(vectors)
-        images.append(ravel(curvature(unravel(vectors[-1], g))))
-        following = images[-1]
+    direction = ravel(g) / size_of(g)
+    limit, rest = min(steps, len(direction)), 0.0
+    basis, T = direction.new_zeros(limit, len(direction)), direction.new_zeros(limit, limit)
+    for k in range(limit):
+        basis[k] = direction
+        image = ravel(curvature(unravel(direction, g)))
+        T[: k + 1, k] = T[k, : k + 1] = basis[: k + 1] @ image
+        following = image
         for _ in range(2):  # Gram-Schmidt twice is orthogonal to rounding
-            following = following - basis.mT @ (basis @ following)
+            following = following - basis[: k + 1].mT @ (basis[: k + 1] @ following)
         rest = float(following.norm())
-        if rest <= 1e-12 * float(images[-1].norm()) or len(vectors) == min(steps, basis.shape[1]):
+        if rest <= 1e-12 * float(image.norm()):
             break
-        vectors.append(following / rest)
-    T = basis @ torch.stack(images).mT
-    return basis, 0.5 * (T + T.mT), rest
+        direction = following / rest
+    return basis[: k + 1], T[: k + 1, : k + 1], rest

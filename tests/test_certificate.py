@@ -311,6 +311,26 @@ def test_a_failed_re_solve_leaves_no_bound() -> None:
     assert not certify(None, THETA, NU, claimed(TRUTH), G, optimum=broken).holds
 
 
+def test_a_re_solve_that_raises_is_a_reason() -> None:
+    def fragile(theta: Params, nu0: Params) -> Params:
+        if not torch.equal(theta["t"], THETA["t"]):
+            raise ValueError("infeasible there")
+        return NU
+
+    certificate = certify(None, THETA, NU, claimed(TRUTH), G, optimum=fragile)
+    assert certificate.reasons == ("a re-solve near theta failed, so nothing bounds the error: infeasible there",)
+
+
+def test_fixed_parameters_are_neither_moved_nor_counted() -> None:
+    wrong = {"t": TRUTH["t"] + stack(0.0, SIZE, 0.0)}
+    units = {"t": stack(1.0, 0.0, 2.0)}
+    found = audit(linear_optimum, THETA, NU, wrong, G, directions=2, scale=units)
+    assert found.error < 1e-6 * SIZE
+    assert found.size == pytest.approx(float((units["t"] * TRUTH["t"]).norm()), rel=1e-6)
+    with pytest.raises(ValueError, match="zero everywhere"):
+        audit(linear_optimum, THETA, NU, wrong, G, scale={"t": torch.zeros(3)})
+
+
 def test_kinks_are_told_from_curvature() -> None:
     theta, nu, g = {"t": scalar(0.0)}, {"x": scalar(0.0)}, {"x": scalar(1.0)}
     clipped = lambda th, nu0: {"x": box_qp(stack([1.0]), -th["t"].reshape(1), -1.0, 0.0).x[0]}

@@ -62,7 +62,8 @@ class QPSolution:
     residual: Tensor
     """`[...]`: largest violation of the optimality conditions, relative to their terms, rows and columns balanced"""
     margin: Tensor
-    """`[...]`: least multiplier of an active, least slack of another inequality, on the same scale; 0 at a kink"""
+    """`[...]`: least multiplier of an active, least slack of another inequality, on the same scale; 0 at a kink
+    and without a solution"""
 
 
 @dataclass(frozen=True)

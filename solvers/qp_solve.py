@@ -53,16 +53,11 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
     p, m = program.b.shape[-1], program.h.shape[-1]
     scaled, scaling = balance(Program(*program[:4], *present(*program[4:])))
     point, active, error = _two_stages(scaled, tol, max_steps)
-    scales = residual(scaled, point)[1]
     status = torch.where(error <= tol, SOLVED, UNCONVERGED)
     index, multipliers = _independent(scaled, point, active)
     unique, shift = _flat_directions(scaled, index)
-    index = index.clamp_max(p + m)
-    slack, pressure = (point.s / scales[:, :1])[:, :m], (point.z / scales[:, 1:])[:, :m]
-    active = active[:, :m]
-    kept = torch.zeros(len(error), p + m + 1, device=error.device).scatter(-1, index, 1.0)[:, p:-1] > 0
-    distance = torch.where(active, pressure.where(kept, torch.zeros_like(pressure)), slack).clamp_min(0.0)
-    margin = torch.cat([distance, torch.full_like(error[:, None], math.inf)], -1).amin(-1)
+    index, active = index.clamp_max(p + m), active[:, :m]
+    margin = torch.where(error <= tol, _margin(scaled, point, active, index), 0.0)
     y, z = multipliers[:, :p], multipliers[:, p : p + m]
     x, ray = point.x, torch.zeros_like(point.x)
     failed = (status == UNCONVERGED).nonzero()[:, 0]
@@ -92,6 +87,16 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
         margin=margin,
         ray=scaling.column * ray,
     )
+
+
+def _margin(program: Program, point: Point, active: Tensor, index: Tensor) -> Tensor:
+    """Least slack of the inactive and least multiplier of the active rows `[B]`; 0 where an active one was left out."""
+    p, m = program.b.shape[-1], active.shape[-1]
+    primal, dual = residual(program, point)[1].unsqueeze(-1).unbind(-2)
+    slack, pressure = (point.s / primal)[:, :m], (point.z / dual)[:, :m]
+    kept = torch.zeros(len(index), p + m + 1, device=index.device).scatter(-1, index, 1.0)[:, p:-1] > 0
+    distance = torch.where(active, torch.where(kept, pressure, 0.0), slack).clamp_min(0.0)
+    return torch.cat([distance, torch.full_like(primal, math.inf)], -1).amin(-1)
 
 
 def present(G: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,10 +72,10 @@ def audit(
 
     `optimum(theta, nu0)` is called 4 `directions` times for every step tried, and once more, with nu0 = nu. `scale`
     (keys and shapes of theta; ones when None) sets the units of theta: how far each entry may reasonably move, 0 for
-    fixed ones. h
-    moves no parameter by more than `step` times its size (the root mean square of its tensor, 1 for a zero one). `step`
-    None tries 1e-4 (smooth), 1e-6 (kinks near by), 1e-3 and 1e-2 (noisy solvers) until the noise is below 1 % of the
-    slopes, and keeps the quietest.
+    fixed ones. h moves no parameter by more than `step` times its size (the root mean square of its tensor, 1 for a
+    zero one). `step` None tries 1e-4 (smooth), 1e-6 (kinks near by), 1e-3 and 1e-2 (noisy solvers) until the noise is
+    below 1 % of the slopes, and keeps the quietest. A re-solve that raises `ValueError` or `RuntimeError` at a shifted
+    theta has failed; at theta itself it raises.
     Raises `ValueError` for bad options, `KeyError` for keys that do not match.
     """
     steps = _STEPS if step is None else (step,)

@@ -113,6 +113,15 @@ def test_an_early_stop_is_refused_as_such() -> None:
     assert certificate.error_bound == pytest.approx(1 / (1 + 3 * 0.64) - 0.25, rel=1e-6)
 
 
+def test_a_search_that_does_not_settle_is_refused() -> None:
+    # maximal at tan t; from |x| > 1.39 Newton overshoots more and more. At nu dx/dt seems to be 1 + x^2, it is 1
+    J = lambda theta, nu: theta["t"] * nu["x"] - nu["x"] * torch.atan(nu["x"]) + 0.5 * torch.log1p(nu["x"] ** 2)
+    theta, nu, one = {"t": scalar(0.0)}, {"x": scalar(2.0)}, {"x": scalar(1.0)}
+    certificate = certify(J, theta, nu, claimed({"t": scalar(5.0)}), one)
+    assert not certificate.holds
+    assert certificate.error_bound >= 4.0
+
+
 def test_a_step_out_of_the_domain_of_j_ends_the_search_for_the_optimum() -> None:
     # stable only for |a - x| < 1; from 0.85 above the optimum Newton overshoots into the unstable side
     def J(theta: Params, nu: Params) -> Tensor:

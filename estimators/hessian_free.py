@@ -84,7 +84,7 @@ def hessian_free_gradient(
     method: Method = "auto",
     rollouts: int = 1,
     rows_at_once: int = 65536,
-    consistency_tol: float = 0.05,
+    consistency_tol: float = 0.01,
 ) -> Estimate:
     """Gradient of the real discounted return in theta through the soft optimum, with the estimated return as `value`.
 

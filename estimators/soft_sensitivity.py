@@ -64,7 +64,7 @@ def soft_sensitivity(
     cotangent: Params | None = None,
     solve: Solve = cg,
     damping: float = 0.0,
-    consistency_tol: float = 0.05,
+    consistency_tol: float = 0.01,
     strict: bool = False,
 ) -> Sensitivity:
     """dnu*/dtheta, or with `taken [M, m]` d log pi(taken | states) as {"log_prob": `[M]`}, in `states [M, n]`.

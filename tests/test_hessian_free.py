@@ -14,6 +14,7 @@ import torch
 from problems import scalar, seeded, stack
 from torch import Tensor, nn
 
+import benchmarks.hessian_free as bench
 from sim2real.estimators import (
     Transitions,
     hessian_free_gradient,
@@ -628,3 +629,33 @@ def test_a_hybrid_policy_taken_for_smooth_is_biased() -> None:
     q = soft_action_value(mdp, policy, theta, nu, noise, *tiled, temperature=LAMBDA, method="pathwise")
     (grad,) = torch.autograd.grad(q.mean(), theta["decay"])
     assert abs(float(grad - exact["decay"])) > 0.02
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark itself
+
+
+def test_the_benchmark_recovers_a_planted_ratio() -> None:
+    # errors with variances 3 / N and 1 / N: 200 seeds give the ratio to about 10 %
+    sizes = torch.tensor([100.0, 200.0, 400.0], dtype=torch.float64)
+    noise = torch.randn(2, 3, 200, 4, generator=seeded(28), dtype=torch.float64) / sizes[:, None, None].sqrt()
+    errors = {"hessian-free": bench.Errors(3**0.5 * noise[0], 1.0), "implicit": bench.Errors(noise[1], 1.0)}
+    ratio, low, high = bench.sample_ratio(errors, seeded(29))
+    assert low < 3.0 < high
+    assert low < ratio < high
+    assert abs(bench.slope(errors["implicit"], (5, 10, 20)) + 1.0) < 0.15
+
+
+def test_both_routes_of_the_linear_quadratic_benchmark_agree() -> None:
+    task = bench.lqr_task()
+    log = task.collect(40, seeded(30))
+    routes = [route(log, seeded(31)) for route in (task.hessian_free, task.implicit)]
+    # the same critic on the same log: what is left is in-sim noise
+    assert float((routes[0] - routes[1]).norm()) < 0.2 * float(routes[1].norm())
+
+
+def test_the_finite_benchmark_knows_its_truth() -> None:
+    task = bench.finite_task()
+    log = task.collect(150, seeded(32))
+    for route in (task.hessian_free, task.implicit):
+        # 3000 transitions: an error of about 10 %, five times that would be a bug
+        assert float((route(log, seeded(33)) - task.truth).norm()) < 0.5 * float(task.truth.norm())

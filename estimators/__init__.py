@@ -5,7 +5,7 @@ from sim2real.estimators.audit import Audit, audit
 from sim2real.estimators.auto_sensitivity import auto_sensitivity
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
-from sim2real.estimators.critic_gauss_newton import critic_gauss_newton
+from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
 from sim2real.estimators.equivalence import (
     Condition,
     EquivalenceError,
@@ -73,6 +73,7 @@ __all__ = [
     "pointwise_sensitivity",
     "policy_sensitivity",
     "quadratic_features",
+    "rollout_q_values",
     "sampled_conditions",
     "sampled_equivalence_gap",
     "sampled_modified_reward",

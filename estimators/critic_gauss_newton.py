@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from sim2real.estimators.critic import act
-from sim2real.estimators.model_critic import Nodes
+from sim2real.estimators.model_critic import Nodes, policy_nodes
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params, check_same_keys, ravel
 from sim2real.policy import Policy
 from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedError, UnconvergedWarning
@@ -67,8 +68,8 @@ def critic_gauss_newton(
     nu: Params,
     states: Tensor,
     weights: Tensor,
-    nodes: Nodes,
     *,
+    nodes: Nodes | None = None,
     cotangent: Params | None = None,
     damping: float | Literal["auto"] = "auto",
     solve: Solve = cg,
@@ -77,14 +78,18 @@ def critic_gauss_newton(
 ) -> Sensitivity:
     """dnu*/dtheta from the critic `q_values(theta, s, a)` at `states [N, n]` with the state weights `weights [N]`.
 
-    `nodes`: noise `[K, noise_dim]` and weights of the policy (`policy_nodes`). `report.converged` asks for a converged
-    solve, a negative definite Q_aa, and stationarity and representability at most `tolerance` (relative to the spread
-    of the actions); where it is False this warns `UnconvergedWarning`, under `strict` raises `UnconvergedError`.
+    The critic: a formula, a fitted one (`function_space_sensitivity`) or `rollout_q_values`.
+
+    `nodes`: noise `[K, noise_dim]` and weights for expectations over the policy (None: `policy_nodes`).
+    `report.converged` asks for a converged solve, a negative definite Q_aa, and stationarity and representability at
+    most `tolerance` (relative to the spread of the actions); where it is False this warns `UnconvergedWarning`, under
+    `strict` raises `UnconvergedError`.
     info: "representability", "unrepresentable" (the part that no nu removes), "distance" (the part that the Newton step
     removes), "newton_step" `[P]` (raveled), "gain" (of return, which that step promises), "largest_q_aa" (largest
     eigenvalue of E_e Q_aa over the states; must be negative).
     """
     nu64 = {key: value.detach().double() for key, value in nu.items()}
+    nodes = policy_nodes(policy, nu64, states) if nodes is None else nodes
     inner, held = improvement(
         q_values, policy, theta, nu64, states, weights, nodes, cotangent=cotangent, damping=damping, solve=solve
     )
@@ -106,6 +111,34 @@ def critic_gauss_newton(
         return {key: pushed[key].to(nu[key].dtype) for key in nu}
 
     return Sensitivity(vjp, jvp, report, info)
+
+
+def rollout_q_values(mdp: ModelMDP, policy: Policy, nu: Params, noise: Noise) -> QValues:
+    """The pathwise critic: Q by one differentiable rollout from (s, a), the T steps of `noise` long, the policy fixed.
+
+    State i uses row i mod B of the noise (`initial` is not used), so the expectation over the model's noise is taken
+    together with that over the states, and the noise of single rollouts counts into "representability". What comes
+    after T steps is dropped. Raises `ValueError` for a model of derivative order below 2.
+    """
+    if mdp.derivative_order < 2:
+        raise ValueError(
+            f"the model declares derivative_order {mdp.derivative_order}, but Q_aa needs two derivatives of its step; "
+            "use function_space_sensitivity, which fits its critic"
+        )
+    fixed = {key: value.detach() for key, value in nu.items()}
+
+    def q_values(theta: Params, state: Tensor, action: Tensor) -> Tensor:
+        rows = torch.arange(len(state), device=state.device) % len(noise.process)
+        total, alive = torch.zeros_like(state[:, 0]), torch.ones_like(state[:, 0])
+        for t, e in enumerate(noise.process[rows].unbind(1)):
+            following = mdp.step(theta, state, action, e)
+            total = total + mdp.discount**t * alive * mdp.reward(theta, state, action, e, following)
+            if mdp.terminal is not None:
+                alive = alive * ~mdp.terminal(theta, following)
+            state, action = following, policy.act(fixed, following, noise.policy[rows, t])
+        return total
+
+    return q_values
 
 
 def improvement(

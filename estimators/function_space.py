@@ -83,7 +83,7 @@ def function_space_sensitivity(
             nu,
             where,
             weights,
-            critic.nodes,
+            nodes=critic.nodes,
             tolerance=tolerance,
             **options,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -19,10 +19,12 @@ from sim2real import (
     dot,
     linear_policy,
     ravel,
+    sample_noise,
 )
-from sim2real.estimators.critic_gauss_newton import critic_gauss_newton
-from sim2real.estimators.model_critic import policy_nodes
+from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.mdp import Noise
+from sim2real.simulators import linear_gaussian
 from sim2real.solvers import cg, lyapunov, policy_optimum
 
 MASK = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
@@ -74,8 +76,7 @@ def q_values(p: Lqr, gain: Tensor):
 
 def sensitivity(p: Lqr, policy: Policy, nu: Params, gain: Tensor, **options):
     states = square_root(visits(p, gain))
-    nodes = policy_nodes(policy, nu, states)
-    return critic_gauss_newton(q_values(p, gain), policy, p.theta, nu, states, torch.ones(4), nodes, **options)
+    return critic_gauss_newton(q_values(p, gain), policy, p.theta, nu, states, torch.ones(4), **options)
 
 
 def directions(theta: Params, seed: int = 3) -> tuple[Params, Params]:
@@ -98,6 +99,29 @@ def test_a_full_gain_equals_bellman_by_scipy(seed: int, std: float) -> None:
     assert float(found.info["representability"]) < 1e-6
     assert float(found.info["largest_q_aa"]) < 0
     assert found.report.converged
+
+
+def test_the_pathwise_critic_of_rollouts_equals_bellman() -> None:
+    """A model without noise, 40 steps: what is dropped is the closed loop's radius (0.4) to the power 80."""
+    p = lqr(1)
+    A, B = p.theta["A"], p.theta["B"]
+    mdp = linear_gaussian(A, B, action_cost=0.5 * torch.eye(2).double(), discount=0.95)
+    policy, nu = linear_policy(2), {"gain": p.gain}
+    critic = rollout_q_values(mdp, policy, nu, sample_noise(mdp, policy, 1, 40, torch.Generator().manual_seed(0)))
+    found = critic_gauss_newton(critic, policy, p.theta, nu, p.states, torch.ones(4), strict=True)
+    v, g = directions(p.theta)
+    expected = torch.tensor(gain_jvp(random_system(4, 2, 1), {key: value.numpy() for key, value in v.items()}))
+    torch.testing.assert_close(found.jvp(v)["gain"], expected, rtol=1e-6, atol=1e-7)
+    assert float(dot(found.vjp(g), v)) == pytest.approx(float((g["gain"] * expected).sum()), rel=1e-6)
+    # an end after the first step leaves its reward only
+    brief = rollout_q_values(replace(mdp, terminal=lambda theta, s: s[:, 0] < 1e9), policy, nu, ONE)
+    s, a = p.states, torch.ones(4, 2).double()
+    torch.testing.assert_close(brief(p.theta, s, a), -(s * s).sum(-1) - 0.5 * (a * a).sum(-1))
+    with pytest.raises(ValueError, match="derivative_order 1"):
+        rollout_q_values(replace(mdp, derivative_order=1), policy, nu, ONE)
+
+
+ONE = Noise(torch.zeros(1, 4).double(), torch.zeros(1, 3, 0).double(), torch.zeros(1, 3, 0).double())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 4, 5])
@@ -164,8 +188,8 @@ def test_a_network_moves_its_actions_as_the_optimal_gain_does() -> None:
 def test_bad_critics_are_named() -> None:
     p = lqr(0)
     policy, nu = linear_policy(2), {"gain": p.gain}
-    states, nodes = p.states, policy_nodes(linear_policy(2), nu, p.states)
-    run = lambda q: critic_gauss_newton(q, policy, p.theta, nu, states, torch.ones(4), nodes)
+    states = p.states
+    run = lambda q: critic_gauss_newton(q, policy, p.theta, nu, states, torch.ones(4))
     with pytest.raises(UnconvergedError, match="no maximum in the action"):
         run(lambda theta, s, a: a.square().sum(-1))
     with pytest.raises(UnconvergedError, match="no maximum in the action"):

@@ -64,7 +64,7 @@ def test_the_jacobian_and_its_standard_error(derivative: str, bar: float) -> Non
 def test_standard_error_falls_as_the_root_of_n() -> None:
     p, g = problem(), {"gain": torch.ones(2, 4, dtype=torch.float64)}
     figures = []
-    for rollouts in (60, 540):
+    for rollouts in (50, 450):
         noises = [noise_of(p, rollouts, seed, horizon=15) for seed in range(2)]
         found = [
             function_space_sensitivity(p.mdp, p.policy, p.theta, p.nu, noise, cotangent=g, states=64, tolerance=0.3)

@@ -10,13 +10,13 @@ action node. Per problem class:
     ratio-of-variances   the same without the mean error, which no number of samples removes
     slope-ROUTE          of log error^2 on log N, -1 where sampling noise of the real log is all there is
     error-ROUTE          relative root mean square error at the largest N
-    bias-ROUTE           relative norm of the mean error there, over all seeds
+    bias-ROUTE           relative norm of the mean error there, over all seeds (error / sqrt(seeds) of it is noise)
     seconds-ROUTE        of processor time per gradient at the largest N, without the training both need
     cost-ratio           hessian-free over implicit
 
 lqr: linear system, 6 parameters, closed-form soft optimum; rollouts pathwise. finite: random tables, the model a black
-box with a density; score with known values. pendulum: balancing upright with a small network, in-sim training on
-sampled rollouts; the world has Coulomb friction. `gap`: a soft policy trained short of its optimum, its
+box with a density; score with known values. pendulum: balancing upright, ten policy parameters trained on 256
+in-sim rollouts; the world has Coulomb friction. `gap`: a soft policy trained short of its optimum, its
 `soft_consistency` (nats) and the relative error of the gradient it gives.
 """
 

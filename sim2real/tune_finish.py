@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from sim2real.estimators.transitions import Transitions
 from sim2real.null_space import EqualPolicies, Freedom, likeliest_equal_policy
-from sim2real.params import Params
+from sim2real.params import Params, ravel
 from sim2real.tune_search import UNUSABLE, advance, begin
 from sim2real.tune_state import Likelihood, Point, Search, log_likelihood
 from sim2real.tune_task import Task, evaluated, unconverged
 
+_MANY = 50  # numbers in nu above which it counts as a network
 _STEPS = 10  # iterations for each weight, each from the optimum of the weight before
 
 
@@ -46,6 +49,7 @@ def use_freedom(task: Task, search: Search, likelihood: Likelihood) -> tuple[Fre
         optimum=task.optimum,
         sensitivity=lambda theta, nu: task.sensitivity(theta, nu, cotangent=task.real(nu, search.data).grad),
         real_return=lambda nu: float(task.real(nu, search.data).value),
+        output=held_output(task.act, anchor.nu, search.data),
     )
     try:
         with unconverged():
@@ -60,6 +64,19 @@ def use_freedom(task: Task, search: Search, likelihood: Likelihood) -> tuple[Fre
         f"{some} the policy as it is: moved there, log-likelihood {before:.4g} -> {after:.4g} nat, "
         f"real return {first:.6g} -> {last:.6g} ({free.status})"
     )
+
+
+def held_output(
+    act: Callable[[Params, Tensor], Tensor] | None, nu: Params, data: Transitions | None
+) -> Callable[[Params], Tensor]:
+    """What of the policy is held: nu itself; for a deterministic network its actions at up to 256 recorded states.
+
+    The many parameters of a network are not identifiable: retraining moves them though the policy stays as it is.
+    """
+    if act is None or data is None or len(ravel(nu)) <= _MANY:
+        return ravel
+    states = data.states[:: -(-len(data.states) // 256)].double()
+    return lambda nu: act(nu, states).reshape(-1)
 
 
 def trade_off(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sim2real.estimators.certificate import Certificate
 from sim2real.estimators.transitions import Transitions
@@ -41,6 +42,8 @@ class Task:
     likelihood: Likelihood | None
     settings: TuneSettings
     constraints: Mapping[str, Limit]
+    act: Callable[[Params, Tensor], Tensor] | None
+    """nu, states -> actions of a deterministic policy"""
 
 
 def evaluated(task: Task, theta: Params, nu: Params, data: Transitions | None, worth: Callable[[Point], bool]) -> Point:

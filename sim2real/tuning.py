@@ -170,6 +170,7 @@ def tune(
         likelihood=likelihood,
         settings=options,
         constraints=constraints,
+        act=None if policy.noise_dim else lambda nu, states: policy.act(nu, states, states[:, :0]),
     )
     evaluate = partial(evaluated, task)
     source = _source(collect, policy, rng, real_reward, real_discount, terminal)

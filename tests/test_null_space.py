@@ -20,6 +20,7 @@ from torch.func import functional_call, jacrev
 from benchmarks.closed_loop import exact_gradient, in_sim_optimum, in_sim_return, model_of
 from benchmarks.oracles.multiplicative_lqr import WORLDS, World, cost_and_gradient
 from sim2real.bounds import Box
+from sim2real.estimators import Transitions
 from sim2real.null_space import (
     EqualPolicies,
     Freedom,
@@ -31,6 +32,7 @@ from sim2real.null_space import (
 from sim2real.params import Params, ravel, unravel
 from sim2real.policy import linear_policy
 from sim2real.solve_report import Sensitivity, SolveReport, UnconvergedError
+from sim2real.tune_finish import held_output
 from sim2real.tune_state import tuning_space
 from sim2real.tuning import TuneResult, TuneSettings, tune
 
@@ -191,6 +193,19 @@ def test_the_free_directions_of_a_network_are_those_of_its_actions() -> None:
     assert len(seen.singular) == 2  # a deep linear network is one line: slope and offset
     exact = torch.cat([block.reshape(7, -1) for block in jacrev(actions)(nu).values()], 1) @ mixing
     torch.testing.assert_close(seen.singular, torch.linalg.svdvals(exact)[:2], rtol=1e-9, atol=0)
+
+
+def test_the_actions_of_networks_are_held_and_the_parameters_of_others() -> None:
+    net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+    nu = {key: value.detach() for key, value in net.named_parameters()}
+    act = lambda nu, states: functional_call(net, nu, (states,))
+    zero, some = torch.zeros(600, dtype=torch.float64), torch.randn(600, 2, dtype=torch.float64)
+    data = Transitions(some, some[:, :1], zero, some, zero > 0, zero.long(), zero.long(), some[:1])
+    seen = held_output(act, nu, data)(nu)
+    torch.testing.assert_close(seen, act(nu, some[::3]).reshape(-1).detach(), rtol=0, atol=0)
+    small = {"gain": torch.ones(1, 2, dtype=torch.float64)}
+    for output in (held_output(act, small, data), held_output(None, small, data), held_output(act, small, None)):
+        assert torch.equal(output(small), torch.ones(2, dtype=torch.float64))
 
 
 def test_products_that_are_not_finite_are_named() -> None:

@@ -139,12 +139,13 @@ def _routes(r: _Request) -> list[tuple[str, Route, str]]:
     ends = "rollouts end early, and derivatives along them miss where" if _ends_early(r) else ""
     silent = "" if r.mdp.log_prob is not None else "the model declares no log_prob"
     sure = "a deterministic policy has no log_prob" if r.policy.noise_dim == 0 else ""
+    few = "it needs four rollouts at least" if r.noise.process.shape[0] < 4 else ""
     # a model with a derivative needs no density, unless what it lacks is how the end moves
     blind = silent if r.order == 0 or ends else ""
     return [
         ("Hessian", _hessian, rough or flat or ends),
         ("function space", partial(_function_space, derivative="score" if ends else "auto"), rough or blind),
-        ("score", _score, silent or sure),
+        ("score", _score, silent or sure or few),
     ]
 
 

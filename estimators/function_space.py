@@ -227,7 +227,8 @@ def _fitted(
         )
     if isinstance(data, ModelCritic):
         return data
-    return model_critic(mdp, policy, theta, nu, data, features=features, derivative=derivative, behaviour=behaviour)
+    options: dict[str, Any] = {"features": features, "derivative": derivative, "behaviour": behaviour}
+    return model_critic(mdp, policy, theta, nu, data, groups=min(8, data.process.shape[0]), **options)
 
 
 def _like(params: Params, like: Params) -> Params:

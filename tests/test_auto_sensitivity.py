@@ -214,3 +214,5 @@ def test_bad_requests_are_named() -> None:
     silent = replace(BLACK, log_prob=None)
     with pytest.raises(UnconvergedError, match=r"score: the model declares no log_prob"):
         auto_sensitivity(silent, P.policy, P.theta, P.nu, noise_of(100))
+    with pytest.raises(UnconvergedError, match=r"rank .*score: it needs four rollouts at least"):
+        auto_sensitivity(BLACK, P.policy, P.theta, P.nu, noise_of(2, horizon=5))

@@ -3,7 +3,8 @@
 Both get the same real log of the soft in-sim optimum, the same critic features and the same true gradient. `implicit`
 is `logged_policy_gradient` in policy parameters, then `policy_sensitivity` (Hessian-vector products of the in-sim soft
 return, conjugate gradients). `hessian-free` is `hessian_free_gradient`: in-sim rollouts from every real state and every
-action node. Per problem class:
+action node. `projected` (pendulum) keeps the real half of `implicit` and takes `soft_sensitivity` of nu for the other,
+from in-sim states alone. Per problem class, and as CLASS-projected:
 
     ratio, low, high     real transitions hessian-free needs over those implicit needs at equal error, 90 % bootstrap
                          interval over seeds: error^2 ~ c / N, the ratio of the c
@@ -44,6 +45,7 @@ from sim2real.estimators import (
     policy_sensitivity,
     soft_consistency,
     soft_return,
+    soft_sensitivity,
 )
 from sim2real.mdp import ModelMDP, sample_noise
 from sim2real.params import Params, dot, ravel
@@ -69,6 +71,8 @@ class Task:
     """the policy's"""
     gap: Callable[[Tensor], Tensor] | None = None
     """how far the policy is from soft-optimal, in nats, over some states"""
+    projected: Route | None = None
+    """`logged_policy_gradient`, then `soft_sensitivity` of nu: a Hessian-free in-sim half on the same real half"""
     solve_seconds: float = 0.0
     """of one linear solve, where `implicit` takes the Jacobian it has computed once"""
 
@@ -281,12 +285,27 @@ def pendulum_task(short: float = 0.0, like: Task | None = None, rollouts: int = 
         g = gradient(log)
         return torch.stack([dot(column, g) for column in columns])
 
+    visited = in_sim_states(rollout(mdp, policy, theta, nu, training).states, sim)
+
+    def projected(log: Rollout, generator: torch.Generator) -> Tensor:
+        g, noise = gradient(log), sample_noise(mdp, policy, len(visited), 40, generator)
+        chosen = {"temperature": temperature, "cotangent": g, "solve": partial(cg, tol=1e-6)}
+        return ravel(soft_sensitivity(mdp, policy, theta, nu, visited, noise, **chosen).vjp(g))
+
     def gap(states: Tensor) -> Tensor:
         noise = sample_noise(mdp, policy, 2 * len(states), 40, seeded(3))
         return soft_consistency(mdp, policy, theta, nu, noise, states, temperature=temperature)[0]
 
     truth = like.truth if like is not None else central_differences(real_return, theta, 0.02)
-    return Task(truth, collect, hessian_free, implicit, nu, gap, solve_seconds)
+    return Task(truth, collect, hessian_free, implicit, nu, gap, projected, solve_seconds)
+
+
+def in_sim_states(states: Tensor, discount: float) -> Tensor:
+    """One state of each rollout `[B, T+1, n]`, its time drawn with the weights discount^t."""
+    rows = torch.arange(len(states))
+    weights = discount ** torch.arange(states.shape[1] - 1, dtype=torch.float64)
+    marks = (rows + 0.5)[torch.randperm(len(states), generator=seeded(8))] / len(states)
+    return states[rows, torch.searchsorted(weights.cumsum(0) / weights.sum(), marks)]
 
 
 def central_differences(function: Callable[[Params], float], at: Params, step: float) -> Tensor:
@@ -311,12 +330,14 @@ class Errors:
 
 def measure(task: Task, episodes: tuple[int, ...], seeds: int) -> dict[str, Errors]:
     """Both routes on the same logs, one log per size and seed."""
-    found: dict[str, list[Tensor]] = {"hessian-free": [], "implicit": []}
+    routes = {"hessian-free": task.hessian_free, "implicit": task.implicit}
+    routes |= {"projected": task.projected} if task.projected is not None else {}
+    found: dict[str, list[Tensor]] = {name: [] for name in routes}
     seconds = dict.fromkeys(found, 0.0)
     for count in episodes:
         for seed in range(seeds):
             log = task.collect(count, seeded(1000 * count + seed))
-            for name, route in (("hessian-free", task.hessian_free), ("implicit", task.implicit)):
+            for name, route in routes.items():
                 begun = time.process_time()
                 found[name].append((route(log, seeded(seed)) - task.truth) / task.truth.norm())
                 seconds[name] += (time.process_time() - begun) * (count == episodes[-1]) / seeds
@@ -324,15 +345,15 @@ def measure(task: Task, episodes: tuple[int, ...], seeds: int) -> dict[str, Erro
     return {k: Errors(torch.stack(v).reshape(len(episodes), seeds, -1), seconds[k]) for k, v in found.items()}
 
 
-def sample_ratio(errors: dict[str, Errors], generator: torch.Generator) -> tuple[float, float, float]:
+def sample_ratio(ours: Errors, implicit: Errors, generator: torch.Generator) -> tuple[float, float, float]:
     """Ratio of the c of error^2 ~ c / N and its 90 % interval; seeds are drawn anew, both routes together."""
-    squares = {name: e.values.square().sum(-1) for name, e in errors.items()}  # [sizes, seeds]
+    squares = [e.values.square().sum(-1) for e in (ours, implicit)]  # [sizes, seeds]
 
     def ratio(rows: Tensor) -> Tensor:
-        mean = {name: square[:, rows].mean(-1).log() for name, square in squares.items()}
-        return (mean["hessian-free"] - mean["implicit"]).mean().exp()
+        mean, other = (square[:, rows].mean(-1).log() for square in squares)
+        return (mean - other).mean().exp()
 
-    seeds = squares["implicit"].shape[1]
+    seeds = squares[0].shape[1]
     drawn = torch.stack([ratio(torch.randint(seeds, (seeds,), generator=generator)) for _ in range(2000)])
     low, high = drawn.quantile(torch.tensor([0.05, 0.95], dtype=drawn.dtype)).tolist()
     return float(ratio(torch.arange(seeds))), low, high
@@ -348,21 +369,22 @@ def slope(errors: Errors, episodes: tuple[int, ...]) -> float:
 def class_figures(name: str, task: Task, episodes: tuple[int, ...], seeds: int) -> Iterator[Figure]:
     """All figures of one problem class."""
     errors = measure(task, episodes, seeds)
-    ratio, low, high = sample_ratio(errors, seeded(0))
-    n = len(episodes) * seeds
-    for label, value in (("ratio", ratio), ("low", low), ("high", high)):
-        yield Figure(f"{label}/{name}", value, "1", n)
-    spread = [e.values - e.values.mean(1, keepdim=True) for e in errors.values()]
-    size = [x.square().sum(-1).mean(-1).log() for x in spread]
-    yield Figure(f"ratio-of-variances/{name}", float((size[0] - size[1]).mean().exp()), "1", n)
+    n, implicit = len(episodes) * seeds, errors["implicit"]
+    for route in (name for name in errors if name != "implicit"):
+        suffix = name if route == "hessian-free" else f"{name}-{route}"
+        figures = zip(("ratio", "low", "high"), sample_ratio(errors[route], implicit, seeded(0)), strict=True)
+        for label, value in figures:
+            yield Figure(f"{label}/{suffix}", value, "1", n)
+        spread = [e.values - e.values.mean(1, keepdim=True) for e in (errors[route], implicit)]
+        size = [x.square().sum(-1).mean(-1).log() for x in spread]
+        yield Figure(f"ratio-of-variances/{suffix}", float((size[0] - size[1]).mean().exp()), "1", n)
+        yield Figure(f"cost-ratio/{suffix}", errors[route].seconds / implicit.seconds, "1", seeds)
     for route, e in errors.items():
         last = e.values[-1]
         yield Figure(f"slope-{route}/{name}", slope(e, episodes), "1", n)
         yield Figure(f"error-{route}/{name}", float(last.square().sum(-1).mean().sqrt()), "1", seeds)
         yield Figure(f"bias-{route}/{name}", float(last.mean(0).norm()), "1", seeds)
         yield Figure(f"seconds-{route}/{name}", e.seconds, "s", seeds)
-    cost = errors["hessian-free"].seconds / errors["implicit"].seconds
-    yield Figure(f"cost-ratio/{name}", cost, "1", seeds)
 
 
 def gap_figures(trained: Task, quick: bool) -> Iterator[Figure]:
@@ -373,7 +395,8 @@ def gap_figures(trained: Task, quick: bool) -> Iterator[Figure]:
         log = task.collect(1000, seeded(4))
         if task.gap is not None:
             yield Figure(f"gap-{short:g}/pendulum", float(task.gap(log.states[:, 0])), "nats", 1000)
-        for name, route in (("hessian-free", task.hessian_free), ("implicit", task.implicit)):
+        routes = {"hessian-free": task.hessian_free, "implicit": task.implicit, "projected": task.projected}
+        for name, route in routes.items():
             error = (route(log, seeded(5)) - truth).norm() / truth.norm()
             yield Figure(f"gap-{short:g}-error-{name}/pendulum", float(error), "1", 1)
 

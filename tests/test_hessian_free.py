@@ -639,7 +639,7 @@ def test_the_benchmark_recovers_a_planted_ratio() -> None:
     sizes = torch.tensor([100.0, 200.0, 400.0], dtype=torch.float64)
     noise = torch.randn(2, 3, 200, 4, generator=seeded(28), dtype=torch.float64) / sizes[:, None, None].sqrt()
     errors = {"hessian-free": bench.Errors(3**0.5 * noise[0], 1.0), "implicit": bench.Errors(noise[1], 1.0)}
-    ratio, low, high = bench.sample_ratio(errors, seeded(29))
+    ratio, low, high = bench.sample_ratio(*errors.values(), seeded(29))
     assert low < 3.0 < high
     assert low < ratio < high
     assert abs(bench.slope(errors["implicit"], (5, 10, 20)) + 1.0) < 0.15

@@ -6,7 +6,8 @@ precision of 2000 exploring transitions.
 Then theta moves where the policy does not change. Figures per world:
 
     CASE-recovered   share of the log-likelihood that tuning gave up and the move gets back, 1 - l_after / l_before
-    CASE-error       excess one-step prediction error (mean square over the fit's, minus 1), reference: before the move
+    CASE-error       excess one-step prediction error on 2000 transitions more (mean square, each state in units of the
+                     fit's, minus 1), reference: before the move
     CASE-return      relative change of the exact real return
 """
 
@@ -75,9 +76,9 @@ def tuned(world: World, likelihood: tuple[Params, Tensor], steps: int) -> TuneRe
 
 
 def excess_error(x: Tensor, following: Tensor, fitted: Params, theta: Params) -> float:
-    """Mean square one-step error of theta over that of the fit, minus 1."""
-    square = lambda at: (following - x @ torch.cat([at["A"], at["B"]], 1).T).square().mean()
-    return float(square(theta) / square(fitted)) - 1
+    """Mean square one-step error of theta over that of the fit, minus 1; the mean over the states."""
+    square = lambda at: (following - x @ torch.cat([at["A"], at["B"]], 1).T).square().mean(0)
+    return float((square(theta) / square(fitted)).mean()) - 1
 
 
 def s_freedom(quick: bool) -> Iterator[Figure]:
@@ -91,7 +92,7 @@ def s_freedom(quick: bool) -> Iterator[Figure]:
             raise RuntimeError(f"the freedom of '{world.name}' was not used: {result.notes}")
         before = _unfree(result)
 
-        excess = partial(excess_error, x, following, mean)
+        excess = partial(excess_error, *explored(world, 1), mean)
         gap = ravel(before) - ravel(mean)
         given_up = -0.5 * float(gap @ precision @ gap)
         recovered = 1 - free.log_likelihood[1] / given_up

@@ -86,7 +86,7 @@ class Calibration:
     histogram: Tensor
     """`[H, bins]` shares of u; 1 / bins each if calibrated"""
     miscalibration: float
-    """mean of |observed - expected coverage| over horizons and levels"""
+    """mean distance of the observed from the expected coverage, over horizons and levels"""
     windows: int
     lost: int
     """windows in which the model diverged: outside of every interval, not in the histogram"""

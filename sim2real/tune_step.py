@@ -51,8 +51,8 @@ class TuneStep:
     known, "error_bound"; with a certificate "certified" (1 or 0), its "error_bound", "relative_bound" and
     "audit_error"; and all that the gradient estimator reports ("effective_sample_size", "stderr", ...)"""
     report: SolveReport
-    """converged: nu is a stationary in-sim optimum, the critic is stable, the linear solve reached its tolerance, and
-    the certificate, if one was asked for, holds"""
+    """it has converged when nu is a stationary in-sim optimum, the critic is stable, the linear solve reached its
+    tolerance, and the certificate, if one was asked for, holds"""
     grad_nu: Params = field(default_factory=dict)
     """g_nu, the real-data gradient in policy parameters; empty with a `hypergradient`"""
     sensitivity: Sensitivity | None = None

@@ -13,8 +13,8 @@ that share the noise of their rollouts; the advantages of the nodes sum to zero,
 most of that noise exactly. For lambda -> 0 and continuous actions this is -E[grad_a A' Q_aa^-1 grad_a grad_theta Q].
 
 The formula needs the policy to *be* the soft optimum in the states it is used: `soft_consistency` measures that.
-References: S. Kudo, Y. Tanabe, A. Wachi and Y. Akimoto, Boltzmann-covariance hypergradients, arXiv 2603.14867, 2026,
-theorem 1; V. Thoma et al., Contextual Bilevel Reinforcement Learning for Incentive Alignment (HPGD), 2024, theorem 3.
+References: Kudo, Tanabe, Wachi and Akimoto (Boltzmann-covariance hypergradients), ICAPS 2026, arXiv 2603.14867, theorem
+1; Thoma et al., Contextual Bilevel Reinforcement Learning for Incentive Alignment (HPGD), 2024.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Model `s' = A s + B a + w`, return `-(s'Q s + a'R a)` discounted by g, entropy w
     (1 - g) v = -m lambda / 2 ln(pi lambda) + lambda / 2 ln det S + g tr(P W),      W the covariance of w,
 
 so that pi = exp((Q - V) / lambda). The mean is that of the ordinary optimum; the noise explores most where it costs
-least. Reference: S. Kudo et al., Boltzmann-covariance hypergradients, arXiv 2603.14867, 2026, for the value's constant.
+least. Reference: Kudo, Tanabe, Wachi and Akimoto, ICAPS 2026, arXiv 2603.14867 (building control), for the constant v.
 """
 
 from __future__ import annotations

@@ -100,11 +100,17 @@ def recompute(
     product, polished, remainder = found
     info |= {"newton_move": _distance(nu, polished), "newton_remainder": remainder}
     info |= {"damping": product.damping, "residual": product.residual, "lowest_curvature": product.lowest}
-    obstacles = tuple(text for text in (_no_maximum(product.lowest, probe.largest),) if text)
+    obstacles = tuple(text for text in (_no_maximum(product.lowest, probe.largest), _unsettled(remainder)) if text)
     effect = 0.0
     if not obstacles and derivative_order == 2:
         effect, obstacles = _disagreement(J, theta, polished, product, probe, norm, info)
     return Recomputation(product.value, product.error + effect, min(remainder, 1.0), polished, obstacles, info)
+
+
+def _unsettled(remainder: float) -> str:
+    if remainder <= 0.5:
+        return ""
+    return f"no maximum is near nu: the last of Newton's steps is {remainder:.2g} times the whole way, allowed 0.5; train on"
 
 
 def _at_maximum(
@@ -149,12 +155,16 @@ def _on_plateau(
     size = size_of(start.gradient)
     options = {"damping": product.damping, "tol": 1e-3, "max_steps": max_steps}
     step = cg(start.curvature, start.gradient, **options).x if size > 0 else start.gradient
+    drift = math.inf
     for share in (1.0, 0.25, 0.0625):
         moved = _moved(J, theta, axpy(share, step, nu), order)
-        if moved is not None and size_of(moved.gradient) < size:  # where Newton's model can be believed
-            after = cg(moved.curvature, g, **options).x
-            return replace(product, error=product.error + _gap(norm, moved.cross(after), product.value)), nu, 0.0
-    return product, nu, 0.0
+        believed = moved is not None and size_of(moved.gradient) <= size  # Newton's model holds that far
+        if moved is not None and (believed or share == 0.0625):
+            change = _gap(norm, moved.cross(cg(moved.curvature, g, **options).x), product.value)
+            drift = change if believed else change / share
+        if believed:
+            break
+    return replace(product, error=product.error + drift), nu, 0.0
 
 
 def product_at(

@@ -133,6 +133,31 @@ def test_a_step_out_of_the_domain_of_j_ends_the_search_for_the_optimum() -> None
     assert not certificate.holds
 
 
+def test_a_nu_from_which_newton_cannot_move_is_refused() -> None:
+    def J(theta: Params, nu: Params) -> Tensor:
+        if float(nu["x"].detach()) > 0.9:
+            raise ValueError("unstable")
+        return quartic(theta, nu)
+
+    theta, nu, one = {"t": scalar(2.0)}, {"x": scalar(0.8)}, {"x": scalar(1.0)}
+    certificate = certify(J, theta, nu, claimed({"t": scalar(1 / (1 + 3 * 0.64))}), one)
+    assert not certificate.holds
+    assert any("no maximum is near" in reason for reason in certificate.reasons)
+
+
+def test_a_network_stopped_early_is_refused_where_its_hessian_is_singular() -> None:
+    # six parameters for three actions y = M x with return -|y + y^3 - t|^2 / 2: the derivative of y is 1 / (1 + 3 y^2)
+    M, c, y = torch.randn(3, 6, generator=seeded(1), dtype=torch.float64), stack(1.0, -2.0, 0.5), stack(0.6, -0.5, 0.7)
+    J = lambda theta, nu: -((M @ nu["x"] + (M @ nu["x"]) ** 3 - theta["t"]) ** 2).sum() / 2
+    theta, g = {"t": y + y**3}, {"x": M.T @ c}
+    claim = lambda at: claimed({"t": c / (1 + 3 * at**2)})
+    best, early = ({"x": torch.linalg.pinv(M) @ at} for at in (y, 0.8 * y))
+    assert certify(J, theta, best, claim(y), g).holds
+    certificate = certify(J, theta, early, claim(0.8 * y), g)
+    assert not certificate.holds
+    assert certificate.error_bound >= float((c / (1 + 3 * y**2) - c / (1 + 1.92 * y**2)).norm())
+
+
 def test_a_maximum_that_is_none_is_refused() -> None:
     saddle = lambda theta, nu: -((nu["x"][0] - theta["t"]) ** 2) + 0.1 * nu["x"][1] ** 2
     theta, nu = {"t": scalar(1.0)}, {"x": stack(1.0, 0.0)}

@@ -113,16 +113,17 @@ def methods() -> dict[str, Callable[[Problem, Noise], Sensitivity]]:
 def errors(name: str, transitions: int, seeds: int) -> tuple[list[float], int]:
     """The relative error of each seed, and how many had an indefinite -J_nunu."""
     p, method = problem(), methods()[name]
-    found, indefinite = [], 0
-    for seed in range(seeds):
+
+    def one(seed: int) -> tuple[float, bool]:
         generator = torch.Generator().manual_seed(seed)
         noise = sample_noise(p.mdp, p.policy, transitions // HORIZON, HORIZON, generator)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnconvergedWarning)
             sensitivity = method(p, noise)
-            found.append(relative_error(sensitivity, p))
-        indefinite += sensitivity.report.negative_curvature is not None
-    return found, indefinite
+            return relative_error(sensitivity, p), sensitivity.report.negative_curvature is not None
+
+    figures = [one(seed) for seed in range(seeds)]
+    return [error for error, _ in figures], sum(indefinite for _, indefinite in figures)
 
 
 def s_samples(quick: bool) -> Iterator[Figure]:

@@ -261,7 +261,7 @@ def _corrected(
             return replace(place, change=math.inf)
         gap = _seen(problem, nu) - goal
         before, change = change, float(gap.norm() / goal.norm().clamp(min=1e-300))
-        if change <= 0.01 * policy_tol or not change < 0.9 * before:
+        if change <= 0.1 * policy_tol or not change < 0.9 * before:
             break
         back = directions.moving @ ((directions.left.T @ gap) / directions.singular)
         theta = moved(problem.space, theta, -back)

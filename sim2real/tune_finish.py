@@ -21,6 +21,7 @@ from sim2real.tune_search import UNUSABLE, advance, begin
 from sim2real.tune_state import Likelihood, Point, Search, log_likelihood
 from sim2real.tune_task import Task, evaluated, unconverged
 
+_NATS = 1e-6  # likelihood not worth another training: a thousandth of a standard deviation in theta
 _MANY = 50  # numbers in nu above which it counts as a network
 _STEPS = 10  # iterations for each weight, each from the optimum of the weight before
 
@@ -53,7 +54,9 @@ def use_freedom(task: Task, search: Search, likelihood: Likelihood) -> tuple[Fre
     )
     try:
         with unconverged():
-            free = likeliest_equal_policy(problem, anchor.theta, anchor.nu, return_tol=task.settings.freedom_tol)
+            free = likeliest_equal_policy(
+                problem, anchor.theta, anchor.nu, return_tol=task.settings.freedom_tol, tol=_NATS
+            )
     except UNUSABLE as cause:
         return None, f"the freedom of equal policies was not used: {cause}"
     (before, after), (first, last) = free.log_likelihood, free.real_return

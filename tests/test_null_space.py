@@ -307,9 +307,9 @@ def test_tuning_ends_at_the_likeliest_model_of_the_best_policy(world: World) -> 
         options={"maxiter": 300, "ftol": 1e-13},
     )
     assert independent.success
-    # both stop within about 1e-8 nat of the optimum, where theta is known to sqrt(1e-8 / 100)
-    assert after == pytest.approx(-independent.fun, abs=1e-6)
-    np.testing.assert_allclose(ravel(free.theta).numpy(), independent.x, rtol=0, atol=5e-5)
+    # tune stops within about 1e-6 nat of the optimum, where theta is known to sqrt(2e-6 / 100)
+    assert after == pytest.approx(-independent.fun, abs=5e-6)
+    np.testing.assert_allclose(ravel(free.theta).numpy(), independent.x, rtol=0, atol=2e-4)
 
 
 def test_resuming_a_finished_run_moves_theta_to_the_same_place() -> None:

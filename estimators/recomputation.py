@@ -110,7 +110,7 @@ def recompute(
 def _unsettled(remainder: float) -> str:
     if remainder <= 0.5:
         return ""
-    return f"no maximum is near nu: the last of Newton's steps is {remainder:.2g} times the whole way, allowed 0.5; train on"
+    return f"no maximum is near nu: Newton's last step is {remainder:.2g} times its whole way, allowed 0.5; train on"
 
 
 def _at_maximum(

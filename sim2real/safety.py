@@ -9,9 +9,13 @@ A cost signal c(s, a, s+) of a real transition, in its own unit, and the discoun
 The margin is the limit minus the upper confidence limit of the left-hand side at `confidence` (one-sided); it must be
 >= 0, and its gradient points towards safety. In theta it is `(dnu*/dtheta)'` times that, the same vjp as for the
 return; the gradient of the confidence term is left out. Costs are skewed, so the limit comes from the bootstrap-t over
-the jackknife's pseudo-values (resampled alike at every call); with fewer than 8 groups from Student's t. A chance
-constraint bounds the share of steps, hence the probability of any violation within T steps by T times as much at most
-(Boole). Its indicator may be smoothed,
+the jackknife's pseudo-values (resampled alike at every call); with fewer than 8 groups from Student's t. Data
+without any exceedance show no spread: they leave a share of `1 - (1 - confidence)^(1/E)` possible after E episodes, the
+exact limit for the probability of an event not seen. After the end of an episode the cost counts as 0.
+
+A chance constraint bounds the discounted share p of steps, hence the probability of any violation at t < T by at most
+`p / w_{T-1}` (Boole; the weights fall), which says something only for T up to a few times 1 / (1 - discount). Its
+indicator may be smoothed,
 
     h(x) = u^3 (10 - 15 u + 6 u^2),   u = min(1, max(0, 1 + x / width)),   x = c - limit,
 
@@ -99,7 +103,7 @@ class Margin:
 def exceedance(cost: Tensor, limit: float, width: float = 0.0) -> Tensor:
     """`1[c > limit]`, or its smooth upper bound h of the module docstring, in the shape of `cost`."""
     if width == 0.0:
-        return (cost > limit).to(cost.dtype)
+        return torch.where(cost.isnan(), cost, (cost > limit).to(cost.dtype))  # a NaN is no safe step
     u = (1 + (cost - limit) / width).clamp(0.0, 1.0)
     return u**3 * (10 - 15 * u + 6 * u**2)
 
@@ -124,8 +128,9 @@ def constraint_gradient(
 
     `gradient(policy, nu, transitions, real_reward=None, real_discount=)` prices the signal as it does rewards: the
     rewards of a log are replaced, and features must be able to express the value of the signal (an indicator is far
-    from quadratic: give features, or a width). `trusted` is False when the critic is unstable or its value outside
-    what the recorded signal allows. Raises `ValueError` for kind "worst_case", and as `gradient` does.
+    from quadratic: give features, or a width). `trusted` is False when the critic is unstable, its value outside
+    what the recorded signal allows, or its standard error missing where a confidence above 0.5 needs it. Raises
+    `ValueError` for kind "worst_case", and as `gradient` does.
     """
     if constraint.kind == "worst_case":
         raise ValueError(f"'{constraint.name}' is a worst case over models: use worst_case_gradient")
@@ -135,8 +140,11 @@ def constraint_gradient(
     value, stderr = share * found.value, share * found.info.get("value_stderr", torch.zeros_like(found.value))
     allowed = constraint.limit if constraint.kind == "mean" else constraint.probability
     replicates = share * found.info.get("value_replicates", value.new_zeros(0))
-    margin = allowed - upper_limit(value, stderr, replicates, constraint.confidence)
-    reason = _doubt(found)
+    upper = upper_limit(value, stderr, replicates, constraint.confidence)
+    if constraint.kind == "chance" and constraint.confidence > 0.5 and not bool(data.rewards.any()):
+        upper = upper.clamp(min=unseen_share(max(len(data.initial_states), len(replicates)), constraint.confidence))
+    margin = allowed - upper
+    reason = _doubt(found, constraint.confidence)
     grad = {key: -share * part for key, part in found.grad.items()}
     return Margin(margin, grad, value, stderr, trusted=not reason, reason=reason, info=found.info)
 
@@ -160,6 +168,11 @@ def upper_limit(value: Tensor, stderr: Tensor, replicates: Tensor, confidence: f
     return value - torch.quantile(studentised, 1 - confidence) * stderr
 
 
+def unseen_share(count: int, confidence: float) -> float:
+    """Upper limit `1 - (1 - confidence)^(1 / count)` of the probability of what `count` trials never saw."""
+    return -math.expm1(math.log1p(-confidence) / count)
+
+
 def measured_constraint(
     constraint: Constraint,
     log: Rollout | RolloutLog | Transitions,
@@ -168,12 +181,15 @@ def measured_constraint(
 ) -> tuple[float, float]:
     """The discounted time average of the signal as recorded, over episodes, and its standard error (inf for one).
 
-    Holds for the policy that acted; weights sum to 1 over each recorded episode. Raises as `transitions` does.
+    Holds for the policy that acted; weights sum to 1 over an episode that was cut short, and over all time, at cost 0
+    after its end, for one that has ended. Raises as `transitions` does.
     """
     data = _priced(constraint, log, terminal)
     weight = constraint.discount ** data.step.double()
     zero = torch.zeros(len(data.initial_states), dtype=torch.float64, device=weight.device)
-    totals = zero.index_add(0, data.episode, weight * data.rewards.double()) / zero.index_add(0, data.episode, weight)
+    over = zero.index_add(0, data.episode, data.ended.double()) > 0
+    whole = torch.where(over, 1 / (1 - constraint.discount), zero.index_add(0, data.episode, weight))
+    totals = zero.index_add(0, data.episode, weight * data.rewards.double()) / whole
     spread = float(totals.std()) / len(totals) ** 0.5 if len(totals) > 1 else math.inf
     return float(totals.mean()), spread
 
@@ -186,7 +202,8 @@ def worst_case_gradient(
     Each draw is rolled out on the same `noise`; weights sum to 1 over its T steps. `constraint.width` w > 0 takes
     `w log sum_k exp(J_k / w)` for the maximum, which exceeds it by at most `w log K`. info: "costs" `[K]`. With
     `worst_case_draws(constraint)` draws the maximum is exceeded by at most the share `probability` of the posterior,
-    with `confidence`. Raises `ValueError` for another kind, draws that do not match, or costs that are not finite.
+    with `confidence`, for a policy chosen without them: judge a policy trained on some draws on new ones.
+    Raises `ValueError` for another kind, draws that do not match, or costs that are not finite.
     """
     if constraint.kind != "worst_case":
         raise ValueError(f"'{constraint.name}' is of kind {constraint.kind!r}: use constraint_gradient")
@@ -239,13 +256,15 @@ def _priced(
     return transitions(replace(log, rewards=rewards))
 
 
-def _doubt(found: Estimate) -> str:
+def _doubt(found: Estimate, confidence: float) -> str:
     figures = {
         key: float(found.info[key]) for key in ("bellman_radius", "return_low", "return_high") if key in found.info
     }
     value, radius = float(found.value), figures.get("bellman_radius", 0.0)
     if not math.isfinite(value):
         return f"the estimate is {value}"
+    if confidence > 0.5 and "value_stderr" not in found.info:
+        return f"there is no standard error for the confidence {confidence}; 0.5 takes the estimate at face value"
     if radius >= 1:
         return f"the policy is unstable on the real data (Bellman radius {radius:.4g})"
     low, high = figures.get("return_low", -math.inf), figures.get("return_high", math.inf)

@@ -28,7 +28,7 @@ from sim2real import (
     worst_case_gradient,
 )
 from sim2real.estimators import logged_policy_gradient, transitions
-from sim2real.safety import constraint_signal, exceedance, upper_limit
+from sim2real.safety import constraint_signal, exceedance, unseen_share, upper_limit
 from sim2real.simulators import linear_gaussian
 from sim2real.solvers import lyapunov
 from tests.problems import scalar, seeded, stack
@@ -153,6 +153,27 @@ def test_chance_constraint_from_logged_data(width: float) -> None:
     assert float(found.value) < 0.3 - float(found.estimate) - float(found.stderr)
 
 
+@pytest.mark.parametrize("width", [0.0, 0.1])
+def test_a_cost_that_is_not_a_number_is_not_safe(width: float) -> None:
+    lost = replace(EFFORT, kind="chance", width=width, cost=lambda s, a, following: a[:, 0] * math.nan)
+    for judge in (partial(constraint_gradient, lost, linear_policy(1), NU), partial(measured_constraint, lost)):
+        with pytest.raises(ValueError, match="not finite"):
+            judge(real_log(STD, 4, 10, 0))
+
+
+def test_what_was_never_seen_is_not_impossible() -> None:
+    # 20 episodes without the event: its probability is below p with 95 % confidence where (1 - p)^20 = 0.05
+    assert (1 - unseen_share(20, 0.95)) ** 20 == pytest.approx(0.05)
+    never = replace(EFFORT, kind="chance", limit=1e6, probability=0.1)
+    few = constraint_gradient(never, linear_policy(1), NU, real_log(STD, 20, 40, 0))
+    assert float(few.estimate) == 0.0
+    assert float(few.value) == pytest.approx(0.1 - (1 - 0.05 ** (1 / 20)))
+    assert float(few.value) < 0
+    assert float(constraint_gradient(never, linear_policy(1), NU, real_log(STD, 40, 40, 0)).value) > 0
+    face = constraint_gradient(replace(never, confidence=0.5), linear_policy(1), NU, real_log(STD, 20, 40, 0))
+    assert float(face.value) == pytest.approx(0.1)
+
+
 def test_smoothed_indicator_is_an_upper_bound_and_smooth() -> None:
     cost = torch.linspace(-2, 2, 4001, dtype=torch.float64)
     plain, smooth = exceedance(cost, 0.5), exceedance(cost, 0.5, 0.3)
@@ -178,6 +199,9 @@ def test_measured_constraint_by_hand() -> None:
     chance = replace(cost, kind="chance", limit=2.5)
     assert measured_constraint(chance, log)[0] == pytest.approx(0.5)
     assert measured_constraint(cost, Rollout(states[:1], log.actions[:1], log.rewards[:1]))[1] == math.inf
+    # the first episode ends after its second step: weights 1/2 and 1/4, then cost 0
+    over = measured_constraint(cost, log, terminal=lambda following: following[:, 0] == 2.0)[0]
+    assert over == pytest.approx((1 + 5) / 2)
     assert constraint_signal(cost)(states[0, :2], log.actions[0], states[0, 1:]).tolist() == [1.0, 2.0]
 
 
@@ -235,8 +259,12 @@ def test_what_cannot_be_trusted_says_so() -> None:
         (replace(plain, value=scalar(math.nan)), "nan"),
         (replace(plain, info=kept | {"bellman_radius": scalar(1.1)}), "unstable"),
     )
+    at_face_value = replace(EFFORT, confidence=0.5)
+    bare = constraint_gradient(EFFORT, policy, NU, log, gradient=lambda *_, **__: plain)
+    assert not bare.trusted
+    assert "no standard error for the confidence 0.95" in bare.reason
     for estimate, words in cases:
-        found = constraint_gradient(EFFORT, policy, NU, log, gradient=lambda *_, known=estimate, **__: known)
+        found = constraint_gradient(at_face_value, policy, NU, log, gradient=lambda *_, known=estimate, **__: known)
         assert found.trusted == (not words)
         assert words in found.reason
         assert float(found.stderr) == 0.0

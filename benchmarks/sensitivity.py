@@ -10,7 +10,7 @@ found by `policy_optimum`. The errors are relative in the Frobenius norm, the wo
 `torchopt-vjp` is the error of TorchOpt's `custom_root` with its default solver on the same problems, `torchopt-time`
 its time for one backward over ours, on the largest system. The bars of the other files run from here, too:
 `derivatives`, `s-exact`, `s-samples`, `s-scale`, `s-certificate`, `s-equivalence`, `s-economic`, `s-hessian-free`
-(`hessian_free.py`).
+(`hessian_free.py`), and three that are no bars: `s-freedom`, `s-safety`, `s-randomization` (`safety.py`).
 """
 
 from __future__ import annotations
@@ -196,5 +196,8 @@ if __name__ == "__main__":
             "s-equivalence": elsewhere("equivalence", "s_equivalence"),
             "s-economic": elsewhere("economic", "s_economic"),
             "s-hessian-free": elsewhere("hessian_free", "s_hessian_free"),
+            "s-freedom": elsewhere("freedom", "s_freedom"),
+            "s-safety": elsewhere("safety", "s_safety"),
+            "s-randomization": elsewhere("safety", "s_randomization"),
         }
     )

@@ -91,7 +91,7 @@ def lagrangian_step(
     multipliers returned go into the next call. Raises `ValueError` as `safe_step`, and for a penalty <= 0.
     """
     _check(gradient, curvature, radius, low, high, margins, slopes)
-    if not 0 < penalty < float("inf") or multipliers.shape != margins.shape or bool((multipliers < 0).any()):
+    if not 0 < penalty < float("inf") or multipliers.shape != margins.shape or not bool((multipliers >= 0).all()):
         raise ValueError(f"need a penalty > 0 and multipliers [C] >= 0, got {penalty} and {multipliers}")
     step, best, seen = torch.zeros_like(gradient), -float("inf"), torch.zeros_like(gradient)
     for _ in range(20):  # the penalty is quadratic piece by piece: take the pieces the step ends in
@@ -208,7 +208,8 @@ def _check(
     gradient: Tensor, curvature: Tensor, radius: float, low: Tensor, high: Tensor, margins: Tensor, slopes: Tensor
 ) -> None:
     size = len(gradient)
-    if curvature.shape != (size, size) or slopes.shape != (len(margins), size) or low.shape != high.shape != (size,):
+    fits = curvature.shape == (size, size) and slopes.shape == (len(margins), size)
+    if not fits or low.shape != (size,) or high.shape != (size,):
         raise ValueError(
             f"gradient [{size}] needs curvature [{size}, {size}], bounds [{size}] and slopes [{len(margins)}, {size}], "
             f"got {list(curvature.shape)}, {list(low.shape)}, {list(high.shape)} and {list(slopes.shape)}"

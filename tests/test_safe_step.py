@@ -113,10 +113,12 @@ def test_no_radius_no_step() -> None:
         ({"margins": torch.tensor([torch.nan])}, "margins must be finite"),
         ({"slopes": torch.zeros(1, 3)}, r"slopes \[1, 2\]"),
         ({"low": torch.tensor([0.1, -1.0])}, "exclude"),
+        ({"low": stack(-1.0), "high": stack(1.0)}, r"bounds \[2\]"),
+        ({"low": stack(-1.0)}, r"bounds \[2\]"),
     ],
 )
 def test_inputs_that_do_not_fit(change: dict, words: str) -> None:
-    fine = {
+    fine: dict = {
         "gradient": stack(1.0, 0.0),
         "curvature": torch.eye(2).double(),
         "radius": 1.0,
@@ -127,8 +129,9 @@ def test_inputs_that_do_not_fit(change: dict, words: str) -> None:
     }
     with pytest.raises(ValueError, match=words):
         safe_step(**fine | change)
-    with pytest.raises(ValueError, match="penalty > 0"):
-        lagrangian_step(**fine, multipliers=stack(0.0), penalty=0.0)
+    for multiplier, penalty in ((0.0, 0.0), (-1.0, 1.0), (torch.nan, 1.0)):
+        with pytest.raises(ValueError, match="penalty > 0"):
+            lagrangian_step(**fine, multipliers=stack(multiplier), penalty=penalty)
 
 
 def test_multipliers_of_the_augmented_lagrangian_converge() -> None:

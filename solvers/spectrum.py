@@ -10,9 +10,10 @@ lies, with probability 0.999, above
 
     floor = lowest - (largest - lowest) e / (1 - 2e),    1.648 sqrt(P) exp(-sqrt(e) (2k - 1)) = 0.0005,
 
-after k steps on P unknowns (each end may be missed by the share e of the whole width). References: Parlett, The
-Symmetric Eigenvalue Problem, SIAM 1998, section 4.5; Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992)
-1094, theorem 4.2.
+after k steps on P unknowns (each end may be missed by the share e of the whole width). A space built from another start
+before it is coupled to the rest by the one residual at its end, by whose norm the floor is lower (Weyl). References:
+Parlett, The Symmetric Eigenvalue Problem, SIAM 1998, section 4.5; Kuczynski and Wozniakowski, SIAM J. Matrix Anal.
+Appl. 13 (1992) 1094, theorem 4.2.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def spectrum(
         largest=largest,
         lowest_residual=float(residuals[0]),
         largest_residual=float(residuals[-1]),
-        floor=lowest if space.exhausted else _floor(lowest, largest, reference.numel(), space.random_steps),
+        floor=lowest if space.exhausted else _floor(lowest, largest, reference.numel(), space),
         exact=space.exhausted,
         negative_curvature=negative(lowest, largest, reference.dtype),
         direction=restore(vectors[:1]),
@@ -106,6 +107,8 @@ class _Space:
     rest: Tensor
     exhausted: bool
     random_steps: int
+    coupling: float
+    """norms of the residuals at the ends of the spaces before the random one, summed"""
 
 
 def _krylov(
@@ -122,7 +125,7 @@ def _krylov(
     limit = min(steps, size)
     basis = reference.new_empty(limit, size)  # pages that no step writes stay out of memory
     projected, left = reference.new_zeros(limit, limit), reference.new_zeros(limit)
-    count, before, largest = 0, 0, 0.0
+    count, before, largest, coupling = 0, 0, 0.0, 0.0
     exhausted = True
     for number, start in enumerate([*given, random]):
         before = count
@@ -152,10 +155,11 @@ def _krylov(
         exhausted = exhausted and invariant
         if count > before:
             left[count - 1] = rest.norm()
+            coupling += float(rest.norm()) if number < len(given) else 0.0
     space = basis[:count], projected[:count, :count], left[:count]
-    return _Space(*space, exhausted or count == size, count - before)
+    return _Space(*space, exhausted or count == size, count - before, coupling)
 
 
-def _floor(lowest: float, largest: float, size: int, steps: int) -> float:
-    e = (math.log(1.648 * size**0.5 / 0.0005) / (2 * steps - 1)) ** 2
-    return lowest - (largest - lowest) * e / (1 - 2 * e) if e < 0.5 else -math.inf
+def _floor(lowest: float, largest: float, size: int, space: _Space) -> float:
+    e = (math.log(1.648 * size**0.5 / 0.0005) / (2 * space.random_steps - 1)) ** 2
+    return lowest - (largest - lowest) * e / (1 - 2 * e) - space.coupling if e < 0.5 else -math.inf

@@ -82,6 +82,20 @@ def test_a_start_finds_what_few_random_steps_miss() -> None:
     assert again.lowest == pytest.approx(-1e-3, rel=1e-6)
 
 
+def test_the_floor_beside_a_start_holds_where_the_random_vector_cannot_see() -> None:
+    """A chain whose one strong link (10 instead of 0.3) lies where the space of the start ends."""
+    size = 1000
+    links = torch.full((size - 1,), 0.3, dtype=torch.float64)
+    links[19] = 10.0
+    own = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = torch.diag(own) + torch.diag(links, 1) + torch.diag(links, -1)
+    start = {"x": torch.eye(size, dtype=torch.float64)[0]}
+    found = spectrum(lambda v: {"x": A @ v["x"]}, start, starts=(start,))
+    lowest = float(torch.linalg.eigvalsh(A)[0])
+    assert found.lowest > lowest + 1.0
+    assert -torch.inf < found.floor <= lowest
+
+
 def test_an_exhausted_krylov_space_ends_early_and_holds_every_distinct_value() -> None:
     values = torch.tensor([1.0] * 60 + [3.0] * 20 + [-2.0] * 20, dtype=torch.float64)
     matvec, like = operator(matrix(values))

@@ -100,6 +100,7 @@ def qp(
     """
     if not 0 < tol < 1 or max_steps < 1:
         raise ValueError(f"tol must lie in (0, 1) and max_steps be at least 1, got {tol} and {max_steps}")
+    check_on_failure(on_failure)
     inputs = complete_program(H, g, A, b, G, h)
     options = QPOptions(tol, max_steps, strict, on_failure)
     found = Found(*_QP.apply(options, *inputs))
@@ -114,6 +115,11 @@ def qp(
         residual=found.residual,
         margin=found.margin,
     )
+
+
+def check_on_failure(on_failure: OnFailure) -> None:
+    if on_failure not in ("raise", "nan"):
+        raise ValueError(f"on_failure (of an MPC: on_infeasible) must be 'raise' or 'nan', got {on_failure!r}")
 
 
 def complete_program(
@@ -237,8 +243,10 @@ def _put(values: Tensor, index: Tensor, size: int) -> Tensor:
 def check_program(program: Program) -> None:
     """Names the first sample that breaks a condition, and the condition."""
     H, g, A, b, G, h = program
-    largest = H.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[:, None, None]
-    nearly = H + 1e-12 * torch.where(largest > 0, largest, 1.0) * torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    sizes = H.diagonal(dim1=-2, dim2=-1).abs()
+    largest = sizes.amax(-1, keepdim=True)
+    # by variable, so that large units of one do not hide that another is concave; 1e-14 is rounding beside the largest
+    nearly = H + torch.diag_embed(1e-12 * sizes + torch.where(largest > 0, 1e-14 * largest, 1e-12))
     finite = [torch.isfinite(value).flatten(1).all(-1) for value in (H, g, A, b, G)]
     conditions = (
         (torch.stack(finite).all(0), "H, g, A, b and G must be finite"),

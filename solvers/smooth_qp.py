@@ -41,6 +41,7 @@ from sim2real.solvers.qp import (
     QPOptions,
     QPSolution,
     Solve,
+    check_on_failure,
     check_program,
     complete_program,
 )
@@ -63,7 +64,8 @@ def smooth_qp(
 ) -> QPSolution:
     """`qp` with barriers of weight mu = `smoothing` > 0 (in units of the cost) instead of inequalities.
 
-    Shapes, failures and options as in `qp`. The inequalities need an interior: a program without one does not converge.
+    Shapes, failures and options as in `qp`. The inequalities need an interior: a program without one does not converge,
+    and neither does one with so little smoothing that the distance to a bound is lost to rounding.
     In the solution `active` is False, `unique` True and `margin` inf everywhere, because there are no kinks.
     """
     if not (0 < tol < 1 and max_steps >= 1 and 0 < smoothing < math.inf):
@@ -71,6 +73,7 @@ def smooth_qp(
             f"tol must lie in (0, 1), max_steps be at least 1 and smoothing be positive, got {tol}, {max_steps} and "
             f"{smoothing}"
         )
+    check_on_failure(on_failure)
     inputs = complete_program(H, g, A, b, G, h)
     rows_given = inputs[5].shape[-1]
     inputs = [*inputs[:4], *present(*inputs[4:])]
@@ -186,6 +189,7 @@ def _solve(program: Program, mu: float, options: QPOptions) -> tuple[Tensor, ...
         best = Point(*(old.index_copy(0, kept, new[better]) for old, new in zip(best, moved, strict=True)))
         error = error.index_copy(0, kept, found[better])
         todo = todo[torch.isfinite(found)]
+    error = torch.maximum(error, _lost(scaled, best))
     status = torch.where(error <= options.tol, SOLVED, UNCONVERGED)
     x, y = scaling.column * best.x, scaling.row_A / scaling.cost.unsqueeze(-1) * best.y
     failed = (status == UNCONVERGED).nonzero()[:, 0]
@@ -214,6 +218,13 @@ def _complain(status: Tensor, error: Tensor, options: QPOptions) -> None:
         if options.strict:
             raise UnconvergedError(message)
         warnings.warn(message, UnconvergedWarning, stacklevel=3)
+
+
+def _lost(program: Program, point: Point) -> Tensor:
+    """Relative error by rounding `[B]` of `h - G x`, on which the derivative is built; 0 where it is small."""
+    exact = point.s.abs().clamp_min(torch.finfo(point.s.dtype).tiny)
+    off = ((program.h - apply(program.G, point.x) - point.s).abs() / exact).amax(-1)
+    return torch.where(off > 1e-3, off, 0.0)
 
 
 def _distance(program: Program, point: Point, target: Tensor) -> Tensor:

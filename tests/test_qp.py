@@ -351,6 +351,11 @@ def test_bad_input_is_refused_by_name() -> None:
     H, g, A, b, G, h = problem(3, 2, 1, 2, seed=13)
     with pytest.raises(ValueError, match="sample 1 of 3: H is not positive semi-definite"):
         qp(torch.where(torch.arange(3)[:, None, None] == 1, -H, H), g)
+    for concave in (t(1e12, -0.5), t(1e6, -1e-7)):  # large units of one variable do not hide the other
+        with pytest.raises(ValueError, match="not positive semi-definite"):
+            qp(torch.diag(concave), t(0, 0.1), G=torch.eye(2, dtype=torch.float64), h=t(1, 1))
+    with pytest.raises(ValueError, match=r"on_failure .* must be 'raise' or 'nan', got 'none'"):
+        qp(H, g, on_failure="none")
     with pytest.raises(ValueError, match="A and b, and G and h, must be given together"):
         qp(H, g, A)
     with pytest.raises(ValueError, match=r"G must be floating point \[..., 2, 2\]"):

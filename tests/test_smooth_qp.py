@@ -144,6 +144,13 @@ def test_failures_are_named() -> None:
         smooth_qp(H, g, A, b, G, h, smoothing=1e-6, max_steps=2)
     with pytest.raises(UnconvergedError, match="off the central path"):
         smooth_qp(H, g, A, b, G, h, smoothing=1e-6, max_steps=2, strict=True)
+    with pytest.raises(ValueError, match=r"on_failure .* must be 'raise' or 'nan', got 'none'"):
+        smooth_qp(H, g, smoothing=0.1, on_failure="none")
+    one, pinch = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    # x <= 1 and x >= 1 leave no interior; the distance of 5e-19 to a bound of 1 is lost to rounding
+    for rows, limit, mu in ((pinch, pinch[:, 0], 1e-2), (-one, -one[0], 1e-18)):
+        with pytest.warns(UnconvergedWarning, match="raise max_steps or smoothing"):
+            assert not bool(smooth_qp(one, one[0], G=rows, h=limit, smoothing=mu).converged)
     G, h = G.clone(), h.clone()
     G[1, 3], h[1, 3] = -G[1, 0], -h[1, 0] - 1.0
     with pytest.raises(InfeasibleError, match="sample 1 is infeasible"):

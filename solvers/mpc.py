@@ -64,7 +64,8 @@ class MPCPlan:
     solution: BoxQPSolution | QPSolution
     """over the flattened actions, a QPSolution over (actions, e) when outputs are bounded"""
     slack: Tensor | None = None
-    """e `[..., N, p]`, by how much the soft bounds of the outputs of steps 1 ... N are exceeded; None without any"""
+    """`[..., N, p]`, by how much the soft bounds of the outputs of steps 1 ... N are exceeded; None without any. It is
+    e, less the room above the output that `smoothing` keeps"""
     pressure: Tensor | None = None
     """`[..., N, p]`: multiplier over g^k of the bounds of each output, both sides together; None without any"""
 
@@ -222,4 +223,6 @@ def _check_shapes(given: dict[str, Tensor]) -> int:
                 f"{key} must be floating point [..., {', '.join(map(str, shape))}] for B {tuple(B.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
+        if key not in ("low", "high") and (value.dtype, value.device) != (B.dtype, B.device):
+            raise ValueError(f"{key} is {value.dtype} on {value.device}, B {B.dtype} on {B.device}; make them equal")
     return int(m)

@@ -93,15 +93,23 @@ def with_outputs(
 def slack_and_pressure(
     solution: QPSolution, size: int, outputs: int, bounds: OutputBounds, weights: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """e `[..., N, p]` or None, and the multipliers over g^k `[..., N, p]` or None."""
+    """Excess over the bounds `[..., N, p]` or None, and the multipliers over g^k `[..., N, p]` or None."""
     horizon = weights.shape[0] - 1
     sides = (bounds.low is not None) + (bounds.high is not None)
     if sides == 0:
         return None, None
-    z = solution.inequality_multipliers[..., : sides * horizon * outputs]
-    pressure = z.unflatten(-1, (sides, horizon, outputs)).sum(-3) / weights[1:, None]
-    slack = solution.x[..., size:]
-    return (slack.unflatten(-1, (horizon, outputs)) if slack.shape[-1] else None), pressure
+    multipliers = solution.inequality_multipliers
+    z = multipliers[..., : sides * horizon * outputs].unflatten(-1, (sides, horizon, outputs))
+    pressure = z.sum(-3) / weights[1:, None]
+    if solution.x.shape[-1] == size:
+        return None, pressure
+    e = solution.x[..., size:].unflatten(-1, (horizon, outputs))
+    z_e = multipliers[..., sides * horizon * outputs :][..., : horizon * outputs].unflatten(-1, (horizon, outputs))
+    # room z = e z_e on the central path: the output is over its bound by e less the room; without smoothing z_e is 0
+    over = z.amax(-3)
+    exceeded = over > z_e
+    share = 1 - z_e / torch.where(exceeded, over, math.inf)
+    return e * torch.where(exceeded, share, 0.0), pressure
 
 
 def _lead(bound: Bound) -> torch.Size:

@@ -312,8 +312,16 @@ def test_smoothing_is_a_barrier_on_every_bound() -> None:
     sharp = bounded(p, starts(6), penalty=1.0)
     torch.testing.assert_close(near.actions, sharp.actions, rtol=0, atol=1e-3)
     assert float(near.actions.abs().max()) < 1.0
-    assert float(near.slack.min()) > 0.0
     assert mpc_report(near).kinks == 0
+    # slack is what the outputs exceed, not e, which a barrier keeps above zero at every step
+    C = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    for smoothing in (1e-2, 1e-7):
+        plan = bounded(p, starts(6), penalty=1.0, smoothing=smoothing)
+        outputs = plan.states[:, 1:] @ C
+        excess = torch.maximum(outputs - 0.3, -0.4 - outputs).clamp_min(0.0)
+        torch.testing.assert_close(plan.slack[..., 0], excess, rtol=1e-6, atol=1e-10)
+        assert mpc_report(plan).relaxed == int((excess.amax(-1) > 1e-8).sum())
+        assert 0 < mpc_report(plan).relaxed < 6
     inputs = condensed_mpc(**p, x0=starts(6), horizon=4, low=-0.3, high=0.3, smoothing=1e-7)
     expected = condensed_mpc(**p, x0=starts(6), horizon=4, low=-0.3, high=0.3)
     assert inputs.pressure is None
@@ -339,6 +347,10 @@ def test_bad_input_is_refused_by_name() -> None:
         mpc_policy(3, {"A": p["A"], "B": p["B"]}).act({"gain": p["R"]}, starts(2), starts(2)[:, :0])
     with pytest.raises(ValueError, match=r"q must be floating point \[..., 3\]"):
         condensed_mpc(**p, x0=starts(2), horizon=3, q=p["R"][0])
+    with pytest.raises(ValueError, match=r"A is torch.float32 on cpu, B torch.float64"):
+        condensed_mpc(**{**p, "A": p["A"].float()}, x0=starts(2), horizon=3)
+    with pytest.raises(ValueError, match=r"on_infeasible.* must be 'raise' or 'nan', got 'warn'"):
+        condensed_mpc(**p, x0=starts(2), horizon=3, output_high=1.0, on_infeasible="warn")
     with pytest.raises(ValueError, match=r"B must be \[..., n, m\]"):
         condensed_mpc(**{**p, "B": p["B"][0]}, x0=starts(2), horizon=3)
     with pytest.raises(ValueError, match="horizon must be at least 1"):

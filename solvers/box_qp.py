@@ -83,7 +83,8 @@ def box_qp(
     if not 0 < tol < 1 or max_steps < 1:
         raise ValueError(f"tol must lie in (0, 1) and max_steps be at least 1, got {tol} and {max_steps}")
     n = g.shape[-1] if g.ndim else 0
-    tensors = {"H": H, "g": g, "low": torch.as_tensor(low), "high": torch.as_tensor(high)}
+    limits = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (low, high))
+    tensors = {"H": H, "g": g, **dict(zip(("low", "high"), limits, strict=True))}
     for name, value in tensors.items():
         wanted = (n, n) if name == "H" else (n,)
         fits = value.shape[-len(wanted) :] == wanted or (value.ndim == 0 and name in ("low", "high"))
@@ -94,7 +95,7 @@ def box_qp(
             )
     vectors = [tensors[name].to(g.device, torch.float64) for name in ("g", "low", "high")]
     lead = torch.broadcast_shapes(H.shape[:-2], *(x.shape[:-1] for x in vectors))
-    matrix = H.double()
+    matrix = H.to(g.device, torch.float64)
     matrix = (0.5 * (matrix + matrix.mT)).expand(*lead, n, n)
     options = _Options(tol, max_steps, strict)
     x, active, residual, margin = _BoxQP.apply(options, matrix, *(v.expand(*lead, n) for v in vectors))

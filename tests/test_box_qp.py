@@ -160,6 +160,7 @@ def test_margin_tells_the_distance_to_the_next_kink() -> None:
 
 def test_float32_is_solved_in_float64() -> None:
     H, g, low, high = problem(4, 6, seed=9, condition=1e6)
+    assert bool((box_qp(H, g, -1, 1).x == box_qp(H, g, -1.0, 1.0).x).all())  # whole numbers are numbers
     single = box_qp(H.float(), g.float(), low.float(), high.float())
     assert single.x.dtype == torch.float32
     same = box_qp(H.float().double(), g.float().double(), low.float().double(), high.float().double())

@@ -96,11 +96,12 @@ def modified_reward(
 ) -> TabularEquivalent:
     """The model with reward (1), under which its optimal action values are the world's.
 
-    Of `model` only the transition and the discount are used. `strict=False` returns the violated conditions instead of
-    raising; the reward is then NaN where it does not exist. Raises `EquivalenceError` naming each violated condition,
-    `ValueError` for shapes that do not go together, negative discounts or a world whose rows are no distributions.
+    Of `model` only the transition and the discount are used; all is computed in float64. `strict=False` returns the
+    violated conditions instead of raising; the reward is then NaN where it does not exist. Raises `EquivalenceError`
+    naming each violated condition, `ValueError` for shapes that do not go together, negative discounts or a world whose
+    rows are no distributions.
     """
-    _check_pair(world, model)
+    world, model = _checked_pair(world, model)
     conditions = [_world_condition(world, temperature)]
     if conditions[0].holds:
         value, q = optimal_q(world, temperature=temperature)
@@ -121,7 +122,7 @@ def equivalence_gap(
     weights `[S, A]` (None: uniform), scaled to sum 1; their sums over actions weigh the states. Raises
     `EquivalenceError` when world or model has no finite optimum, `ValueError` as `modified_reward`.
     """
-    _check_pair(world, model)
+    world, model = _checked_pair(world, model)
     demand([_world_condition(world, temperature), _support_condition(model)])
     solvable = _world_condition(model, temperature)
     demand([replace(solvable, name="contraction")])
@@ -236,8 +237,7 @@ def _world_condition(mdp: TabularMDP, temperature: float) -> Condition:
 
 def _support_condition(model: TabularMDP) -> Condition:
     rows = _rows(model)
-    lost = torch.maximum((rows.sum(-1) - 1).abs(), -rows.amin(-1))
-    wrong = ~(lost <= 1e-9)  # NaN is wrong, too
+    wrong = ~_distributions(rows)
     if not bool(wrong.any()):
         return Condition("support", True, "every row of the model is a distribution over the world's states")
     state, action = wrong.nonzero()[0].tolist()
@@ -271,12 +271,21 @@ def _contraction_condition(model: TabularMDP, value: Tensor, temperature: float)
     return Condition(name, radius < 1 - 1e-12, f"{detail} radius {radius:.6g}, needed: below 1")
 
 
-def _check_pair(world: TabularMDP, model: TabularMDP) -> None:
+def _distributions(rows: Tensor) -> Tensor:
+    """`[S, A]` bool: rows `[S, A, S]` that sum to 1 within 1e-6, which single precision needs; False for NaN."""
+    return torch.maximum((rows.sum(-1) - 1).abs(), -rows.amin(-1)) <= 1e-6
+
+
+def _checked_pair(world: TabularMDP, model: TabularMDP) -> tuple[TabularMDP, TabularMDP]:
+    """World and model in float64."""
     for name, mdp in (("world", world), ("model", model)):
         if not 0 <= mdp.discount < float("inf"):
             raise ValueError(f"the discount of the {name} must be finite and >= 0, got {mdp.discount}")
         if mdp.reward.ndim != 2:
             raise ValueError(f"the reward of the {name} must be [S, A], got {list(mdp.reward.shape)}")
+        post, known = mdp.post, len(mdp.transition)
+        if post is not None and (post.dtype != torch.int64 or bool(((post < 0) | (post >= known)).any())):
+            raise ValueError(f"post of the {name} must hold int64 in [0, {known}), the rows of its transition")
         rows = _rows(mdp).shape
         if rows != (*mdp.reward.shape, mdp.reward.shape[0]):
             raise ValueError(f"the {name} has reward {list(mdp.reward.shape)} and transition rows {list(rows)}")
@@ -285,3 +294,7 @@ def _check_pair(world: TabularMDP, model: TabularMDP) -> None:
             f"world and model must share states and actions, got {list(world.reward.shape)} and "
             f"{list(model.reward.shape)}"
         )
+    if not bool(_distributions(_rows(world)).all()):
+        raise ValueError("every row of the world's transition must be a distribution: entries >= 0 that sum to 1")
+    double = lambda mdp: replace(mdp, reward=mdp.reward.double(), transition=mdp.transition.double())
+    return double(world), double(model)

@@ -15,7 +15,7 @@ from sim2real.estimators.equivalence import optimal_q
 from sim2real.solvers import optimal_values, policy_values
 
 # the sums behind 30 states and a discount of 0.99 lose about 4 digits of 16
-EXACT = {"rtol": 0, "atol": 1e-10}
+EXACT: dict = {"rtol": 0, "atol": 1e-10}
 
 
 def q_by_linear_programming(mdp: TabularMDP) -> np.ndarray:
@@ -67,6 +67,16 @@ def test_soft_values_agree() -> None:
     assert gap.q_max < 1e-10
     assert gap.regret_max < 1e-10
     assert gap.disagreement == 0.0
+
+
+def test_single_precision_tables_are_solved_in_double() -> None:
+    single = lambda mdp: replace(mdp, reward=mdp.reward.float(), transition=mdp.transition.float())
+    world, model = single(random_table(12, 3, 0.9, 0)), single(random_table(12, 3, 0.7, 1))
+    assert not bool((model.transition.double().sum(-1) == 1).all())  # rounded rows are still distributions
+    found = modified_reward(world, model)
+    double = replace(world, reward=world.reward.double(), transition=world.transition.double())
+    torch.testing.assert_close(found.q, torch.tensor(policy_iteration(double)), **EXACT)
+    assert equivalence_gap(world, found.model).q_max < 1e-10
 
 
 def test_post_decision_tables_agree() -> None:
@@ -157,6 +167,15 @@ def test_inputs_that_do_not_fit() -> None:
         modified_reward(replace(world, reward=world.reward[0]), world)
     with pytest.raises(ValueError, match="transition rows"):
         modified_reward(replace(world, transition=world.transition[:, :, :3]), world)
+    post = torch.zeros(5, 2, dtype=torch.int64)
+    for wrong in (post + 9, post - 1, post.double()):
+        with pytest.raises(ValueError, match=r"post of the model must hold int64 in \[0, 5\)"):
+            modified_reward(world, replace(world, transition=world.transition[:, 0], post=wrong))
+    for leak in (0.9, torch.nan):  # also where the discount would let it pass
+        leaking = random_table(5, 2, 1.0, 0, ends=True)
+        leaking = replace(leaking, transition=torch.cat([leak * leaking.transition[:-1], leaking.transition[-1:]]))
+        with pytest.raises(ValueError, match="world's transition must be a distribution"):
+            modified_reward(leaking, world)
     with pytest.raises(ValueError, match="weights must be"):
         equivalence_gap(world, world, weights=torch.zeros(5, 2))
 

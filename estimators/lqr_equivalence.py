@@ -76,12 +76,12 @@ class QuadraticGap:
     q_max: float
     """largest `|Q_hat* - Q*|` over `|(s, a)| <= 1`"""
     q_weighted: float
-    """mean of `Q_hat* - Q*` in absolute value, over (s, a) with the second moment given"""
+    """root of the mean square of `Q_hat* - Q*` over (s, a) ~ N(0, M), M the second moment given"""
     gain: float
     """Frobenius norm of the difference of the optimal gains"""
     regret: float
     """extra cost in the world of the model's optimal gain, of states with the second moment given; infinite when that
-    gain does not stabilise the world"""
+    gain does not stabilise the world, or noise adds to it for ever at a discount >= 1"""
 
 
 def lqr_modified_reward(world: LinearQuadratic, model: LinearQuadratic, *, strict: bool = True) -> QuadraticEquivalent:
@@ -117,7 +117,7 @@ def lqr_equivalence_gap(
 ) -> QuadraticGap:
     """Distance of the model's optimum under its own cost and discount from the world's.
 
-    second_moment `[n + m, n + m]` of (s, a) weighs the mean (None: the identity). Raises `UnstableError` or
+    second_moment M `[n + m, n + m]` of (s, a) weighs the means (None: the identity). Raises `UnstableError` or
     `EquivalenceError` where world or model has no finite optimum, `ValueError` for shapes that do not fit.
     """
     _check_pair(world, model)
@@ -126,11 +126,13 @@ def lqr_equivalence_gap(
     if moment.shape != truth.H.shape:
         raise ValueError(f"second_moment must be {list(truth.H.shape)}, got {list(moment.shape)}")
     gap, offset, n = found.H - truth.H, found.c - truth.c, len(world.A)
+    weighed = gap @ moment  # z'G z + c has the mean tr(G M) + c, and of Gaussian z the variance 2 tr(G M G M)
+    square = 2 * float((weighed * weighed.mT).sum()) + (float(weighed.trace()) + offset) ** 2
     values = torch.linalg.eigvalsh(gap)
     extremes = (offset, offset + float(values[0]), offset + float(values[-1]))
     return QuadraticGap(
         q_max=max(abs(value) for value in extremes),
-        q_weighted=abs(float((gap * moment).sum()) + offset),
+        q_weighted=math.sqrt(max(square, 0.0)),
         gain=float((found.K - truth.K).norm()),
         regret=_regret(world, truth, found.K, moment[:n, :n]),
     )
@@ -212,8 +214,10 @@ def _regret(world: LinearQuadratic, best: QuadraticOptimum, K: Tensor, moment: T
         extra = lyapunov(closed, away.mT @ best.H[n:, n:] @ away, gamma, noise @ K)
     except UnstableError:
         return math.inf
-    constant = gamma * _kick(world, extra) / (1 - gamma) if _kick(world, extra) else 0.0
-    return float((extra * moment).sum()) + constant
+    kick = _kick(world, extra)
+    if gamma >= 1 and kick > 0:
+        return math.inf
+    return float((extra * moment).sum()) + (gamma * kick / (1 - gamma) if kick else 0.0)
 
 
 def _variance_condition(problem: LinearQuadratic, name: str) -> Condition:
@@ -249,13 +253,17 @@ def _check_pair(world: LinearQuadratic, model: LinearQuadratic) -> None:
         if problem.B.ndim != 2:
             raise ValueError(f"B of the {name} must be [n, m], got {list(problem.B.shape)}")
         n, m = problem.B.shape
-        wanted = {"A": (n, n), "Q": (n, n), "R": (m, m), "cross": (n, m), "covariance": (n, n)}
+        wanted = {"A": (n, n), "B": (n, m), "Q": (n, n), "R": (m, m), "cross": (n, m), "covariance": (n, n)}
         for key, shape in wanted.items():
             value = getattr(problem, key)
             if value is not None and value.shape != shape:
                 raise ValueError(f"{key} of the {name} must be {list(shape)}, got {list(value.shape)}")
+            if value is not None and key != "covariance" and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key} of the {name} must be finite, got {value.tolist()}")
         if problem.noise is not None and problem.noise.shape[-2:] != (n, m):
             raise ValueError(f"noise of the {name} must be [q, {n}, {m}], got {list(problem.noise.shape)}")
+        if not math.isfinite(problem.constant):
+            raise ValueError(f"the constant of the {name} must be finite, got {problem.constant}")
         if not 0 <= problem.discount < math.inf:
             raise ValueError(f"the discount of the {name} must be finite and >= 0, got {problem.discount}")
     if world.B.shape != model.B.shape:

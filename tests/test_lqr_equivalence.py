@@ -70,7 +70,10 @@ def test_gap_of_the_models_own_cost() -> None:
     shell = np.abs(np.einsum("ni,ij,nj->n", draw, difference, draw) + model_c - c)
     assert gap.q_max >= max(shell.max(), abs(model_c - c)) - 1e-9
     assert gap.q_max <= 1.01 * max(shell.max(), abs(model_c - c))  # 20 000 points cover the sphere to about 1 degree
-    assert gap.q_weighted == pytest.approx(abs(np.trace(difference) + model_c - c), rel=1e-9)
+    normal = np.random.default_rng(1).standard_normal((400_000, 3))
+    squares = (np.einsum("ni,ij,nj->n", normal, difference, normal) + model_c - c) ** 2
+    # four standard errors of the mean square, halved by the root
+    assert gap.q_weighted**2 == pytest.approx(squares.mean(), abs=4 * squares.std() / len(squares) ** 0.5)
     assert gap.gain == pytest.approx(np.linalg.norm(K - model_K), rel=1e-9)
 
     def cost(gain: np.ndarray) -> float:
@@ -88,6 +91,17 @@ def test_regret_of_a_gain_that_loses_the_world_is_infinite() -> None:
     assert lqr_equivalence_gap(world, replace(world, A=0.1 * eye)).regret == float("inf")
 
 
+@pytest.mark.parametrize("discount", [1.0, 1.05])
+def test_regret_that_noise_adds_to_for_ever_is_infinite(discount: float) -> None:
+    eye = torch.eye(1, dtype=torch.float64)
+    world = LinearQuadratic(0.5 * eye, eye, eye, eye, discount)
+    kick = 0.1 * float(quadratic_optimum(world).P)
+    model = replace(world, A=0.6 * eye)
+    # the optimum's own constant cancels exactly; that of another gain does not
+    world = replace(world, covariance=0.1 * eye, constant=-discount * kick)
+    assert lqr_equivalence_gap(world, model).regret == float("inf")
+
+
 def test_offsets_cross_terms_and_moments() -> None:
     world, model = quadratic_pair(2, 1, 4, noise=True)
     world = replace(world, cross=0.1 * torch.ones(2, 1, dtype=torch.float64), constant=0.3)
@@ -95,6 +109,9 @@ def test_offsets_cross_terms_and_moments() -> None:
     moment = 2.0 * torch.eye(3, dtype=torch.float64)
     assert lqr_equivalence_gap(world, found.model, second_moment=moment).q_weighted < 1e-10
     assert np.abs(reference_h(found.model) - reference_h(world)).max() < 1e-10
+    # a gap in one direction does not cancel that in another: costs that differ by diag(0.1, -0.1)
+    twisted = replace(found.model, Q=found.model.Q + torch.diag(torch.tensor([0.1, -0.1]).double()))
+    assert lqr_equivalence_gap(found.model, twisted).q_weighted > 0.05
     with pytest.raises(ValueError, match="second_moment"):
         lqr_equivalence_gap(world, model, second_moment=moment[:2])
 
@@ -129,6 +146,9 @@ def test_violations_are_reported_without_raising() -> None:
         ({"B": torch.zeros(2)}, "B of the model"),
         ({"noise": torch.zeros(1, 3, 3)}, "noise of the model"),
         ({"discount": -1.0}, "discount of the model"),
+        ({"A": torch.full((2, 2), torch.nan)}, "A of the model must be finite"),
+        ({"B": torch.full((2, 1), torch.inf)}, "B of the model must be finite"),
+        ({"constant": float("inf")}, "constant of the model"),
     ],
 )
 def test_inputs_that_do_not_fit(change: dict, words: str) -> None:

@@ -14,7 +14,8 @@ The optimal action is `a_k = -K_k s_k`, backwards from P_T:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,12 +59,12 @@ def finite_horizon_riccati(
     for k in reversed(range(horizon)):
         A_k, B_k, Q_k, R_k, g, C = (steps[key][k] for key in ("A", "B", "Q", "R", "discount", "noise"))
         Q_k, R_k = 0.5 * (Q_k + Q_k.mT), 0.5 * (R_k + R_k.mT)
-        gamma = torch.as_tensor(g, dtype=A_k.dtype, device=A_k.device)
+        gamma = _Required.apply(partial(_negative, k), torch.as_tensor(g, dtype=A_k.dtype, device=A_k.device))
         channels = as_channels(C, B_k, "noise")
-        S = _Definite.apply(k, input_curvature(B_k, R_k, gamma, channels, cost))
+        S = _Required.apply(partial(_not_definite, k), input_curvature(B_k, R_k, gamma, channels, cost))
         K = gain(A_k, B_k, gamma, cost, S)
         cost = bellman(cost, K, A_k, B_k, Q_k, R_k, gamma, channels)
-        cost = 0.5 * (cost + cost.mT)
+        cost = _Required.apply(partial(_not_finite, k), 0.5 * (cost + cost.mT))
         costs.append(cost)
         gains.append(K)
     costs, gains = (list(torch.broadcast_tensors(*found[::-1])) for found in (costs, gains))
@@ -87,31 +88,44 @@ def _check(steps: dict[str, list[Any]], last: Tensor) -> None:
         wanted = {"A": (n, n), "Q": (n, n), "R": (m, m)}
         for key, shape in wanted.items():
             value = steps[key][k]
-            if value.shape[-2:] != shape or not value.is_floating_point():
+            if value.shape[-2:] != shape or value.dtype != B.dtype or not value.is_floating_point():
                 raise ValueError(
-                    f"{key} of step {k} must be floating point [..., {shape[0]}, {shape[1]}] for B {tuple(B.shape)}, "
-                    f"got {value.dtype} {tuple(value.shape)}"
+                    f"{key} of step {k} must be floating point [..., {shape[0]}, {shape[1]}] for B {B.dtype} "
+                    f"{tuple(B.shape)}, got {value.dtype} {tuple(value.shape)}"
                 )
-        g = steps["discount"][k]
-        if not isinstance(g, Tensor) and not g >= 0:
-            raise ValueError(f"discount of step {k} must be >= 0, got {g}")
-    if last.shape[-2:] != steps["Q"][-1].shape[-2:]:
-        raise ValueError(f"P must be [..., {n}, {n}], got {tuple(last.shape)}")
+    if last.shape[-2:] != (n, n) or last.dtype != B.dtype:
+        raise ValueError(f"P must be [..., {n}, {n}] of {B.dtype}, got {last.dtype} {tuple(last.shape)}")
 
 
-class _Definite(torch.autograd.Function):
-    """step, S -> S, found finite and positive definite; a function, because only so can it look through `vmap`."""
+def _not_finite(step: int, value: Tensor) -> str | None:
+    if bool(torch.isfinite(value).all()):
+        return None
+    return f"the matrices of step {step} or later hold values that are not finite, or overflow"
+
+
+def _negative(step: int, discount: Tensor) -> str | None:
+    return None if bool((discount >= 0).all()) else f"discount of step {step} must be >= 0, got {discount.tolist()}"
+
+
+def _not_definite(step: int, S: Tensor) -> str | None:
+    found = _not_finite(step, S)
+    if found is None and bool((torch.linalg.cholesky_ex(S).info > 0).any()):
+        found = (
+            f"R + g B'P B + g sum C'P C of step {step} is not positive definite: no action is optimal; check that "
+            "R is positive definite, and Q and P are positive semi-definite"
+        )
+    return found
+
+
+class _Required(torch.autograd.Function):
+    """complaint, x -> x, or the complaint as an error; a function, because only so can it look through `vmap`."""
 
     @staticmethod
-    def forward(step: int, S: Tensor) -> Tensor:
-        if not bool(torch.isfinite(S).all()):
-            raise ValueError(f"the matrices of step {step} or later hold values that are not finite, or overflow")
-        if bool((torch.linalg.cholesky_ex(S).info > 0).any()):
-            raise ValueError(
-                f"R + g B'P B + g sum C'P C of step {step} is not positive definite: no action is optimal; check that "
-                "R is positive definite, Q and P are positive semi-definite, and the discount is not negative"
-            )
-        return S.clone()
+    def forward(complaint: Callable[[Tensor], str | None], x: Tensor) -> Tensor:
+        message = complaint(x)
+        if message is not None:
+            raise ValueError(message)
+        return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,5 +141,5 @@ class _Definite(torch.autograd.Function):
         return tangent.clone()
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], step: int, S: Tensor) -> tuple[Tensor, int | None]:
-        return _Definite.apply(step, S), in_dims[1]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], complaint: Any, x: Tensor) -> tuple[Tensor, int | None]:
+        return _Required.apply(complaint, x), in_dims[1]

@@ -135,11 +135,17 @@ def test_failures_are_named() -> None:
         finite_horizon_riccati(**{**p, "B": p["B"][0]}, horizon=2)
     with pytest.raises(ValueError, match=r"P must be \[..., 3, 3\]"):
         finite_horizon_riccati(**p, horizon=2, P=p["R"])
-    with pytest.raises(ValueError, match="discount of step 0 must be >= 0"):
-        finite_horizon_riccati(**p, horizon=2, discount=-1.0)
+    for negative in (-1.0, torch.tensor(-1e-3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="discount of step 1 must be >= 0"):
+            finite_horizon_riccati(**p, horizon=2, discount=negative)
     with pytest.raises(ValueError, match="of step 1 is not positive definite"):
         finite_horizon_riccati(**{**p, "R": [p["R"], -5 * p["R"]]}, horizon=2, P=0 * p["Q"])
     with pytest.raises(ValueError, match="not finite"):
         finite_horizon_riccati(**{**p, "A": p["A"] * float("nan")}, horizon=2)
+    for key in ("A", "Q"):  # no later step looks at the first
+        with pytest.raises(ValueError, match="matrices of step 0 or later hold values that are not finite"):
+            finite_horizon_riccati(**{**p, key: [p[key] * float("nan"), p[key]]}, horizon=2)
+    with pytest.raises(ValueError, match=r"R of step 0 .* got torch.float32"):
+        finite_horizon_riccati(**{**p, "R": p["R"].float()}, horizon=2)
     with pytest.raises(ValueError, match="noise must be"):
         finite_horizon_riccati(**p, horizon=2, noise=p["R"])

@@ -392,9 +392,9 @@ def gap_figures(trained: Task, quick: bool) -> Iterator[Figure]:
     truth = trained.truth
     for short in (0.0, 0.3) if quick else (0.0, 0.1, 0.3, 1.0):
         task = pendulum_task(short, trained)
-        log = task.collect(1000, seeded(4))
+        log = task.collect(200 if quick else 1000, seeded(4))
         if task.gap is not None:
-            yield Figure(f"gap-{short:g}/pendulum", float(task.gap(log.states[:, 0])), "nats", 1000)
+            yield Figure(f"gap-{short:g}/pendulum", float(task.gap(log.states[:, 0])), "nats", len(log.states))
         routes = {"hessian-free": task.hessian_free, "implicit": task.implicit, "projected": task.projected}
         for name, route in routes.items():
             error = (route(log, seeded(5)) - truth).norm() / truth.norm()
@@ -403,12 +403,12 @@ def gap_figures(trained: Task, quick: bool) -> Iterator[Figure]:
 
 def lqr_figures(quick: bool) -> Iterator[Figure]:
     """Linear-quadratic: pathwise rollouts against the Hessian of the exact soft return."""
-    yield from class_figures("lqr", lqr_task(), (50, 100, 200), 10 if quick else 30)
+    yield from class_figures("lqr", lqr_task(), (50, 100, 200), 5 if quick else 30)
 
 
 def finite_figures(quick: bool) -> Iterator[Figure]:
     """Finite: score rollouts, one or four per state and action, against the Hessian of the exact soft return."""
-    yield from class_figures("finite", finite_task(), (50, 100, 200), 10 if quick else 40)
+    yield from class_figures("finite", finite_task(), (50, 100, 200), 5 if quick else 40)
     if not quick:
         yield from class_figures("finite-4-rollouts", finite_task(rollouts=4), (50, 100, 200), 20)
 
@@ -416,7 +416,7 @@ def finite_figures(quick: bool) -> Iterator[Figure]:
 def pendulum_figures(quick: bool) -> Iterator[Figure]:
     """Smooth and nonlinear: pathwise rollouts against the Hessian of a sampled soft return; policies cut short."""
     trained = pendulum_task()
-    yield from class_figures("pendulum", trained, (10, 20, 40, 80), 10 if quick else 30)
+    yield from class_figures("pendulum", trained, (10, 20, 40, 80), 3 if quick else 30)
     if not quick:
         more = pendulum_task(like=trained, rollouts=4)
         yield from class_figures("pendulum-4-rollouts", more, (10, 20, 40, 80), 20)

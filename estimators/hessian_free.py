@@ -93,10 +93,11 @@ def hessian_free_gradient(
     example by an exact or fitted Q. `soft_value` and `method` as in `soft_action_value`, the rest as in
     `logged_policy_gradient`, `info` too: "stderr" `[P]` of the raveled gradient in theta, "value_stderr",
     "effective_sample_size", "bellman_radius" and so on; "rollouts" counts the in-sim rollouts. At most `rows_at_once`
-    of them are in memory together. Standard errors cost one reverse pass per group; `groups=0` leaves them out.
+    of them are in memory together. Standard errors cost one reverse pass per group; `groups=0` leaves them out. They
+    are those of the real data: the noise of the in-sim rollouts, which all groups share, comes on top.
     "consistency" and "consistency_stderr": how far the policy is from soft-optimal over up to 200 of the states, in
-    nats (`soft_consistency`; not with `action_value`, or noise of one row); above `consistency_tol` by two standard
-    errors this warns `UnconvergedWarning`.
+    nats (`soft_consistency`; not with `action_value`, or noise of fewer than four rows); above `consistency_tol` by two
+    standard errors this warns `UnconvergedWarning`, and `tune` does not take the step.
     Raises `ValueError` for missing noise, a gradient that is not finite or that misses theta, `CriticError` when the
     data cannot identify the critic, and as `soft_action_value` does.
     """
@@ -118,10 +119,12 @@ def hessian_free_gradient(
         raise ValueError("pass noise (sample_noise) for the in-sim rollouts, or an action_value")
     else:
         value_of = _rollouts(mdp, policy, fixed, noise, temperature, soft_value, method, rollouts)
-        some = states[:: -(-len(states) // 200)].to(noise.process.dtype)
+        counted = states[fits.state_weights[:, 0] != 0]
+        some = counted[:: -(-len(counted) // 200)].to(noise.process.dtype)
         options = {"temperature": temperature, "actions": actions, "method": method}
         info = consistency_info(mdp, policy, theta, fixed, noise, some, **options)
         _warn(inconsistency(info, consistency_tol))
+        info["consistency_tol"] = torch.tensor(consistency_tol, dtype=torch.float64)
     nodes = action_nodes(policy, fixed, states, actions)
     grads = _pull(value_of, theta, states, nodes, phi, fits, temperature, rows_at_once // rollouts)
     figures = {"transitions": len(data.rewards), "condition": condition, "bellman_radius": radius, "ridge": ridge}

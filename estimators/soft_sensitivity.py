@@ -72,8 +72,8 @@ def soft_sensitivity(
     `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`; `solve`
     and `damping` (in units of F, 1 / nu^2) belong to the projection. The report is that of the solve for `cotangent`
     (or a pseudo-random one). info: "consistency" and "consistency_stderr", how far the policy is from soft-optimal in
-    the model, in nats (`soft_consistency`; not with `action_value`, or noise of one row). By two standard errors above
-    `consistency_tol`, or where the solve has not converged, `report.converged` is False, which warns
+    the model, in nats (`soft_consistency`; not with `action_value`, or noise of fewer than four rows). By two standard
+    errors above `consistency_tol`, or where the solve has not converged, `report.converged` is False, which warns
     `UnconvergedWarning`, or raises `UnconvergedError` under `strict`. `jvp` differentiates the reverse pass: it needs a
     model of derivative_order 2, or the score.
     Raises `ValueError` for missing noise, shapes that do not match and as `soft_action_value` does, `KeyError` for
@@ -115,6 +115,8 @@ def soft_sensitivity(
 
     def jvp(v: Params) -> Params:
         _check(theta, v, "the tangent of jvp")
+        if sampled and mdp.derivative_order == 1 and method != "score":
+            raise ValueError("jvp needs a second derivative of the model, which it lacks (derivative_order 1); use vjp")
         return _like(chain[1](v), like)
 
     return Sensitivity(vjp, jvp, report, info)

@@ -20,6 +20,7 @@ References: T. Haarnoja, H. Tang, P. Abbeel and S. Levine, Reinforcement Learnin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from sim2real.estimators.critic import action_nodes
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params
 from sim2real.policy import Policy
+from sim2real.solve_report import UnconvergedWarning
 
 StateValue = Callable[[Params, Tensor], Tensor]
 """nu, s `[N, n]` -> soft value V `[N]`, differentiable in s where the model is differentiable"""
@@ -42,15 +44,22 @@ def soft_return(
 ) -> Tensor:
     """J_soft, a scalar: what in-sim training of a soft policy maximises; give it to `policy_optimum`.
 
-    Differentiable in theta and nu for policies whose actions are (`gaussian_policy`), temperature in reward units.
-    Raises `ValueError` for a negative temperature or a policy without a density.
+    Differentiable in theta and nu for policies whose actions are (`gaussian_policy`), temperature in reward units. The
+    gradient in nu of a hybrid policy lacks what its index decides: train that by scores.
+    Raises `ValueError` for a negative temperature, a policy without a density, or a gradient in nu of discrete actions.
     """
     check_temperature(temperature, allow_zero=True)
+    asked = torch.is_grad_enabled() and any(value.requires_grad for value in nu.values())
     state = mdp.initial_state(theta, noise.initial)
     alive, total = _alive(mdp, theta, state), state.new_zeros(len(state))
     for t, (e, acting) in enumerate(zip(noise.process.unbind(1), noise.policy.unbind(1), strict=True)):
         action = policy.act(nu, state, acting)
-        following = mdp.step(theta, state, action, e)
+        if asked and not action.requires_grad:
+            raise ValueError(
+                "the policy's actions have no derivative in nu, so the soft return would give that of the entropy "
+                "alone: train it another way, and pass that to tune as optimum=(theta, nu0 -> nu)"
+            )
+        following = _held(alive, mdp.step(theta, state, action, e), state)
         reward = mdp.reward(theta, state, action, e, following)
         bonus = temperature * policy.log_prob(nu, state, action)
         total = total + mdp.discount**t * alive * (reward - bonus)
@@ -139,15 +148,19 @@ def soft_consistency(
 ) -> tuple[Tensor, Tensor]:
     """How far the policy is from soft-optimal in the model, in nats: `E_s Var_a[Q - lambda log pi] / (2 lambda^2)`.
 
-    With its standard error over the states. Zero exactly where pi = exp((Q - V) / lambda); to second order it is the
-    divergence KL(pi || exp(Q / lambda) / Z). Two independent halves of `noise` (B >= 2) are multiplied, so that the
+    With its standard error. Zero exactly where pi = exp((Q - V) / lambda); to second order it is the
+    divergence KL(pi || exp(Q / lambda) / Z). Two independent halves of `noise` (B >= 4) are multiplied, so that the
     noise of the rollouts adds no bias; near zero the figure may come out negative. `actions [A, m]` lists a finite set.
-    Raises `ValueError` for noise of one row and as `soft_action_value` does.
+    States that are terminal in the model do not count: what the policy does there is worth nothing.
+    Raises `ValueError` for noise of fewer rows, where all states are terminal, and as `soft_action_value` does.
     """
     check_temperature(temperature)
     half = len(noise.process) // 2
-    if half < 1:
-        raise ValueError("two independent rollouts are needed: pass noise of at least 2 rows")
+    if half < 2:
+        raise ValueError(f"two pairs of independent rollouts are needed: pass noise of at least 4 rows, got {2 * half}")
+    states = states[_alive(mdp, theta, states).bool()]
+    if not len(states):
+        raise ValueError("all states are terminal in the model: there is no policy to judge")
     options = {"temperature": temperature, "method": method}
     with torch.no_grad():
         nodes = action_nodes(policy, nu, states, actions)
@@ -162,14 +175,19 @@ def soft_consistency(
             excess = q.reshape(shares.shape) - entropy
             parts.append(excess - (shares * excess).sum(0))
     each = (shares * parts[0] * parts[1]).sum(0) / (2 * temperature**2)
-    return each.mean(), each.std(correction=0) / len(each) ** 0.5
+    mean = each.mean()
+    # states that share their noise err together
+    together = torch.zeros_like(each[:1]).repeat(half).index_add(0, own[: len(each)], each - mean)
+    count = min(half, len(each))
+    stderr = (together.square().sum() * count / max(count - 1, 1)).sqrt() / len(each)
+    return mean, stderr
 
 
 def consistency_info(
     mdp: ModelMDP, policy: Policy, theta: Params, nu: Params, noise: Noise | None, states: Tensor, **options: Any
 ) -> dict[str, Tensor]:
-    """`soft_consistency` as the entries "consistency" and "consistency_stderr"; none without two rows of noise."""
-    if noise is None or len(noise.process) < 2:
+    """`soft_consistency` as the entries "consistency" and "consistency_stderr"; none without four rows of noise."""
+    if noise is None or len(noise.process) < 4 or not bool(_alive(mdp, theta, states).any()):
         return {}
     measured = soft_consistency(mdp, policy, theta, nu, noise, states, **options)
     return dict(zip(("consistency", "consistency_stderr"), measured, strict=True))
@@ -214,9 +232,24 @@ def _alive(mdp: ModelMDP, theta: Params, state: Tensor) -> Tensor:
     return ones if mdp.terminal is None else ones * ~mdp.terminal(theta, state)
 
 
+def _held(alive: Tensor, following: Tensor, state: Tensor) -> Tensor:
+    """The successor, or the terminal state itself: what a model does beyond its end may not be finite."""
+    return torch.where(alive.bool().unsqueeze(-1), following, state)
+
+
+def _warn_of_ends(total: Tensor, begun: Tensor, alive: Tensor) -> None:
+    ended = (begun - alive).sum()
+    if total.requires_grad and bool(ended > 0):
+        message = (
+            f"{int(ended)} of {len(alive)} in-sim rollouts end early, and derivatives along them miss how theta moves "
+            "the end: method='score' does not, where the model has a log_prob"
+        )
+        warnings.warn(message, UnconvergedWarning, stacklevel=4)
+
+
 def _through_states(p: _Problem, theta: Params, state: Tensor, action: Tensor, *, smooth: bool) -> Tensor:
     """Pathwise and mixed: the graph runs through all states, and through the actions only where they are smooth."""
-    alive = _alive(p.mdp, theta, state)
+    begun = alive = _alive(p.mdp, theta, state)
     rewards: list[Tensor] = []
     scores: list[Tensor] = []
     for weight, e, acting in _steps(p):
@@ -227,11 +260,12 @@ def _through_states(p: _Problem, theta: Params, state: Tensor, action: Tensor, *
             log_pi = p.policy.log_prob(p.nu, state, action)
             scores.append(alive * log_pi)
             bonus = -p.temperature * log_pi
-        following = p.mdp.step(theta, state, action, e)
+        following = _held(alive, p.mdp.step(theta, state, action, e), state)
         reward = p.mdp.reward(theta, state, action, e, following)
         rewards.append(weight * alive * (reward + bonus))
         state, alive = following, alive * _alive(p.mdp, theta, following)
     total = torch.stack(rewards).sum(0)
+    _warn_of_ends(total, begun, alive)
     if smooth or not scores:
         return total
     to_go = _centred_to_go(torch.stack(rewards).detach(), p.rows)[1:]
@@ -240,17 +274,20 @@ def _through_states(p: _Problem, theta: Params, state: Tensor, action: Tensor, *
 
 def _by_steps(p: _Problem, value: StateValue, theta: Params, state: Tensor, action: Tensor) -> Tensor:
     """With V known: `d(r_t + gamma V(s_{t+1}))` at fixed s_t, a_t; the value is the one-step target of t = 0."""
-    alive, targets = _alive(p.mdp, theta, state), list[Tensor]()
+    begun = alive = _alive(p.mdp, theta, state)
+    targets: list[Tensor] = []
     for weight, e, acting in _steps(p):
         state = state.detach()
         if targets:
             action = p.policy.act(p.nu, state, acting).detach()
-        following = p.mdp.step(theta, state, action, e)
+        following = _held(alive, p.mdp.step(theta, state, action, e), state)
         going_on = alive * _alive(p.mdp, theta, following)
         reward = p.mdp.reward(theta, state, action, e, following)
         targets.append(weight * (alive * reward + p.mdp.discount * going_on * value(p.nu, following)))
         state, alive = following, going_on
-    return targets[0].detach() + _derivative_only(torch.stack(targets).sum(0))
+    total = torch.stack(targets).sum(0)
+    _warn_of_ends(total, begun, alive)
+    return targets[0].detach() + _derivative_only(total)
 
 
 def _score(
@@ -271,7 +308,7 @@ def _score(
             if rewards:
                 action = p.policy.act(p.nu, state, acting)
             bonus = -p.temperature * p.policy.log_prob(p.nu, state, action)
-            following = p.mdp.step(frozen, state, action, e)
+            following = _held(alive, p.mdp.step(frozen, state, action, e), state)
             going_on = alive * _alive(p.mdp, frozen, following)
         reward = p.mdp.reward(theta, state, action, e, following)
         scores.append(alive * density(theta, state, action, following))

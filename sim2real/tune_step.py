@@ -23,6 +23,7 @@ from sim2real.estimators.auto_sensitivity import auto_sensitivity
 from sim2real.estimators.certificate import Certificate
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
+from sim2real.estimators.soft_value import inconsistency
 from sim2real.estimators.transitions import RealReward, Transitions
 from sim2real.log import RolloutLog
 from sim2real.mdp import ModelMDP, Noise
@@ -131,7 +132,7 @@ def _step(nu: Params, grad: Params, real: Estimate, solve: SolveReport) -> TuneS
 
 
 def _doubt(real: Estimate) -> str:
-    """Why the estimate of the real return cannot be right; empty when nothing speaks against it."""
+    """Why the estimate of the real return or its gradient cannot be right; empty when nothing speaks against it."""
     figures = {
         key: float(real.info[key]) for key in ("bellman_radius", "return_low", "return_high") if key in real.info
     }
@@ -143,7 +144,7 @@ def _doubt(real: Estimate) -> str:
         return f"the policy is unstable on the real data (Bellman radius {radius:.4g})"
     if not low <= value <= high:
         return f"the critic's return {value:.4g} is outside what the recorded rewards allow, {low:.4g} to {high:.4g}"
-    return ""
+    return inconsistency(real.info, float(real.info.get("consistency_tol", math.inf)))
 
 
 def sensitivity_of(

@@ -1,5 +1,7 @@
 """Soft sensitivities against the derivative of the whole soft optimum: tables, and the linear-quadratic Gaussian."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import scalar, seeded, stack
@@ -123,6 +125,17 @@ def test_rollouts_hybrid_actions_products_agree() -> None:
         # one graph, differentiated both ways
         torch.testing.assert_close(dot(like, found.jvp(v)), dot(found.vjp(like), v), rtol=1e-9, atol=1e-12)
         assert "consistency" in found.info
+
+
+def test_products_forward_refuse_a_model_of_first_order() -> None:
+    # the second derivative of such a step would be silently zero
+    mdp, policy = replace(hybrid_model(), derivative_order=1), hybrid_policy()
+    noise, nu = sample_noise(mdp, policy, 10, 3, seeded(45)), {"slope": scalar(1.5)}
+    options = {"temperature": LAMBDA, "consistency_tol": float("inf")}
+    found = soft_sensitivity(mdp, policy, HYBRID, nu, draw(46, 10, 1), noise, **options)
+    assert set(found.vjp({"slope": scalar(1.0)})) == set(HYBRID)
+    with pytest.raises(ValueError, match="derivative_order 1"):
+        found.jvp({"decay": scalar(0.3), "push": scalar(-0.8)})
 
 
 def test_a_policy_that_is_not_soft_optimal_is_named() -> None:

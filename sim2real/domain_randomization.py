@@ -73,9 +73,12 @@ def posterior_factor(covariance: Tensor) -> Tensor:
 def posterior_covariance(rows: Sequence[str], covariance: Tensor, theta: Params, names: Sequence[str]) -> Tensor:
     """`[d, d]` of the parameters `names`, from a fit's `covariance [P, P]` over its `rows` ("mass", "A[0,1]", ...).
 
-    `rows = [row.name for row in result.rows]` of a `FitResult`. Raises `ValueError` when an entry was not fitted or its
-    variance is not finite (the data do not fix it): give it a prior, or do not draw it.
+    `rows = [row.name for row in result.rows]` of a `FitResult`. Raises `ValueError` for names that theta does not have,
+    and when an entry was not fitted or its variance is not finite (the data do not fix it): give it a prior, or do not
+    draw it.
     """
+    if unknown := sorted(set(names) - theta.keys()):
+        raise ValueError(f"theta has no {unknown}; it has {sorted(theta)}")
     wanted = [
         f"{key}[{','.join(map(str, index))}]" if theta[key].ndim else key
         for key in names
@@ -140,6 +143,8 @@ def randomized_objective(
     """
     if not 0 < tail <= 1 or batch not in ("loop", "vmap"):
         raise ValueError(f"need tail in (0, 1] and batch 'loop' or 'vmap', got {tail} and {batch!r}")
+    if not len(draws):
+        raise ValueError(f"draws must be [N, d] with N >= 1, got {list(draws.shape)}")
     weights = _tail_weights(len(draws), tail)
 
     def objective(theta: Params, nu: Params) -> Tensor:

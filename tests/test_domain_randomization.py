@@ -170,6 +170,8 @@ def test_covariance_of_some_parameters_of_a_fit() -> None:
     )
     with pytest.raises(ValueError, match=r"no \['x'\]"):
         posterior_covariance(rows, covariance, theta, ("x",))
+    with pytest.raises(ValueError, match=r"theta has no \['z'\]"):
+        posterior_covariance(rows, covariance, theta, ("z",))
     covariance[3, 3] = torch.inf
     with pytest.raises(ValueError, match=r"do not fix \['m'\]"):
         posterior_covariance(rows, covariance, theta, ("m",))
@@ -184,6 +186,8 @@ def test_what_does_not_fit() -> None:
         randomized_objective(one_step, ("a",), draws, factor=factor)(theta, nu)
     with pytest.raises(ValueError, match="pass factor"):
         randomized_objective(one_step, ("a", "b"), draws)(theta, nu)
+    with pytest.raises(ValueError, match="N >= 1"):
+        randomized_objective(one_step, ("a", "b"), draws[:0], factor=factor)
     for options in ({"tail": 0.0}, {"batch": "map"}):
         with pytest.raises(ValueError, match="tail in"):
-            randomized_objective(one_step, ("a",), draws, **options)  # type: ignore[arg-type]
+            randomized_objective(one_step, ("a",), draws, **options)

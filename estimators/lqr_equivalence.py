@@ -19,7 +19,8 @@ the world's cost with R_hat = R + gamma sum_i C_i'P C_i. The costs may come out 
 
 Under them P is the stabilising solution of the model's Riccati equation, hence optimal among the policies with
 `gamma_model^t E V*(s_t) -> 0`. V* of the world is the best among such policies, too: where the cost does not see an
-unstable state, letting it grow would be cheaper still. Reference: as in `equivalence.py`; de Koning, Automatica 18 (1982) 443 (noise).
+unstable state, letting it grow would be cheaper still.
+Reference: as in `equivalence.py`; de Koning, Automatica 18 (1982) 443 (noise).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -204,9 +204,9 @@ def _rollouts(
     def value(theta: Params, states: Tensor, actions: Tensor, index: Tensor) -> Tensor:
         rows = (index * rollouts).unsqueeze(-1) + torch.arange(rollouts, device=index.device)
         tiled = (x.to(dtype).repeat_interleave(rollouts, 0) for x in (states, actions))
-        options = {"temperature": temperature, "soft_value": soft_value, "method": method}
         rows = rows.reshape(-1) % len(noise.process)
-        q = soft_action_value(mdp, policy, theta, nu, noise, *tiled, rows=rows, **options)
+        options: dict[str, Any] = {"soft_value": soft_value, "method": method, "rows": rows}
+        q = soft_action_value(mdp, policy, theta, nu, noise, *tiled, temperature=temperature, **options)
         return q.reshape(-1, rollouts).mean(-1)
 
     return value

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -153,14 +154,14 @@ def _on_plateau(
     """w with the damping it depends on least, at nu; how far a damped Newton step moves it counts as error."""
     product = plateau_product(start, g, probe, norm, max_steps)
     size = size_of(start.gradient)
-    options = {"damping": product.damping, "tol": 1e-3, "max_steps": max_steps}
-    step = cg(start.curvature, start.gradient, **options).x if size > 0 else start.gradient
+    solve = partial(cg, damping=product.damping, tol=1e-3, max_steps=max_steps)
+    step = solve(start.curvature, start.gradient).x if size > 0 else start.gradient
     drift = math.inf
     for share in (1.0, 0.25, 0.0625):
         moved = _moved(J, theta, axpy(share, step, nu), order)
         believed = moved is not None and size_of(moved.gradient) <= size  # Newton's model holds that far
         if moved is not None and (believed or share == 0.0625):
-            change = _gap(norm, moved.cross(cg(moved.curvature, g, **options).x), product.value)
+            change = _gap(norm, moved.cross(solve(moved.curvature, g).x), product.value)
             drift = change if believed else change / share
         if believed:
             break

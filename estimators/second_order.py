@@ -57,8 +57,9 @@ def gradients(J: Objective, theta: Params, nu: Params, *, create_graph: bool = F
         if not value.requires_grad:
             raise ValueError("J depends differentiably neither on theta nor on nu")
         inputs = [*theta.values(), *nu.values()]
-        options = {"allow_unused": True, "materialize_grads": True}
-        grads = torch.autograd.grad(value.reshape(()), inputs, create_graph=create_graph, **options)
+        grads = torch.autograd.grad(
+            value.reshape(()), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
     return dict(zip(theta, grads, strict=False)), dict(zip(nu, grads[len(theta) :], strict=True))
 
 

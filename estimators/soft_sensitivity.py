@@ -69,7 +69,8 @@ def soft_sensitivity(
 ) -> Sensitivity:
     """dnu*/dtheta, or with `taken [M, m]` d log pi(taken | states) as {"log_prob": `[M]`}, in `states [M, n]`.
 
-    `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`; `solve`
+    `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`; states of
+    in-sim rollouts need another `noise` than the one that led there, or the products are biased by it. `solve`
     and `damping` (in units of F, 1 / nu^2) belong to the projection. The report is that of the solve for `cotangent`
     (or a pseudo-random one). info: "consistency" and "consistency_stderr", how far the policy is from soft-optimal in
     the model, in nats (`soft_consistency`; not with `action_value`, or noise of fewer than four rows). By two standard
@@ -89,7 +90,7 @@ def soft_sensitivity(
     every = [*(action for action, _ in nodes), *([taken] if taken is not None else [])]
     tiled = (states.repeat(len(every), 1), torch.cat(every))
     leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
-    options = {"temperature": temperature, "method": method}
+    options: dict[str, Any] = {"temperature": temperature, "method": method}
     sampled = action_value is None
     if action_value is None:
         action_value = _rollouts(mdp, policy, fixed, noise, len(states), soft_value=soft_value, **options)

@@ -108,8 +108,9 @@ class _BoxQP(torch.autograd.Function):
     @staticmethod
     def forward(options: _Options, H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
         lead, n = g.shape[:-1], g.shape[-1]
-        matrix, *vectors = H.reshape(-1, n, n), g.reshape(-1, n), low.reshape(-1, n), high.reshape(-1, n)
-        rows = (matrix[:1] if matrix.stride(0) == 0 else matrix, *vectors)  # one H for all is factored once
+        matrix = H.reshape(-1, n, n)
+        matrix = matrix[:1] if matrix.stride(0) == 0 else matrix  # one H for all is factored once
+        rows = matrix, g.reshape(-1, n), low.reshape(-1, n), high.reshape(-1, n)
         _check_values(*rows)
         x, active, residual, margin = _solve(*rows, options)
         _complain(residual, options)

@@ -8,6 +8,8 @@ a d solves  min g'd  over these d with |d_i| <= 1.  (Boyd and Vandenberghe, Conv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def farkas(program: Program, *, max_steps: int) -> tuple[Tensor, Tensor, Tensor]
     """(proved `[B]`, y `[B, p]`, z `[B, m]`) with `b'y + h'z = -t`, t the least worst violation."""
     A, b, G, h = program[2:]
     batch, n = program.g.shape
-    lead = {"dtype": A.dtype, "device": A.device}
+    lead: dict[str, Any] = {"dtype": A.dtype, "device": A.device}
     slack = lambda count: -torch.ones(batch, count, 1, **lead)
     p, m = b.shape[-1], h.shape[-1]
     bounds = [torch.cat([M, slack(M.shape[-2])], -1) for M in (A, -A, G)]

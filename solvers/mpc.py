@@ -158,7 +158,7 @@ def mpc_policy(
     """
 
     def first(nu: Params, state: Tensor) -> Tensor:
-        values = {**fixed, **nu}
+        values: dict[str, Any] = {**fixed, **nu}
         missing = [key for key in REQUIRED if key not in values]
         unknown = [key for key in values if key not in REQUIRED + OPTIONAL]
         if missing or unknown:

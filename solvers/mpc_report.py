@@ -52,7 +52,7 @@ def mpc_report(plan: MPCPlan, *, tol: float = 1e-8, kink: float = 1e-9) -> MPCRe
         relaxed = solved & (plan.slack.detach().flatten(-2).amax(-1).reshape(-1) > tol)
     counts = [int(which.sum()) for which in (infeasible, ~solved & ~infeasible, relaxed, near)]
     notes = _notes(samples, counts, relaxed, infeasible, slack, pressure)
-    return MPCReport(samples, *counts, largest_slack=slack, largest_pressure=pressure, notes=notes)
+    return MPCReport(samples, counts[0], counts[1], counts[2], counts[3], slack, pressure, notes)
 
 
 def _largest(values: Tensor, solved: Tensor) -> Tensor:

@@ -105,7 +105,9 @@ def qp(
     options = QPOptions(tol, max_steps, strict, on_failure)
     found = Found(*_QP.apply(options, *inputs))
     return QPSolution(
-        *(value.to(g.dtype) for value in (found.x, found.y, found.z)),
+        x=found.x.to(g.dtype),
+        equality_multipliers=found.y.to(g.dtype),
+        inequality_multipliers=found.z.to(g.dtype),
         active=found.active,
         converged=found.status == SOLVED,
         infeasible=found.status == INFEASIBLE,
@@ -164,7 +166,7 @@ class _QP(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[3:])
         found = Found(*output)
-        kept = (inputs[1], inputs[3], inputs[5], *found[:3], found.index, found.scale, found.shift, found.status)
+        kept = (inputs[1], inputs[3], inputs[5], *found[:3], found.rows, found.scale, found.shift, found.status)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
 

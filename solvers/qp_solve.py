@@ -34,7 +34,7 @@ class Found(NamedTuple):
     z: Tensor
     active: Tensor
     """`[B, m]`"""
-    index: Tensor
+    rows: Tensor
     """`[B, k]` of the rows of [A; G] in the system of derivatives, p + m where a sample has fewer"""
     scale: Tensor
     """`[B, n + k]`"""
@@ -78,7 +78,7 @@ def solve_programs(program: Program, *, tol: float, max_steps: int) -> Found:
         y=multiplier_scale[:, :p] * y,
         z=multiplier_scale[:, p:] * z,
         active=active & (status <= UNCONVERGED)[:, None],
-        index=index,
+        rows=index,
         scale=torch.cat([scaling.column * root, row_scale], -1),
         shift=shift,
         status=status,

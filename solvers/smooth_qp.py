@@ -83,7 +83,9 @@ def smooth_qp(
     z = smoothing / torch.where((inputs[4] == 0).all(-1), math.inf, slack)[..., :rows_given]
     none = torch.zeros_like(status, dtype=torch.bool)
     return QPSolution(
-        *(value.to(g.dtype) for value in (x, y, z)),
+        x=x.to(g.dtype),
+        equality_multipliers=y.to(g.dtype),
+        inequality_multipliers=z.to(g.dtype),
         active=none.unsqueeze(-1).expand(z.shape),
         converged=status == SOLVED,
         infeasible=status == INFEASIBLE,
@@ -104,7 +106,7 @@ class _SmoothQP(torch.autograd.Function):
         flat = Program(*(value.reshape((math.prod(lead), *value.shape[len(lead) :])) for value in inputs))
         check_program(flat)
         found = _solve(flat, mu, options)
-        _complain(*found[3:], options)
+        _complain(found[3], found[4], options)
         return tuple(value.reshape((*lead, *value.shape[1:])).clone() for value in found)
 
     @staticmethod

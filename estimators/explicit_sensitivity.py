@@ -36,12 +36,25 @@ def explicit_sensitivity(
     `cotangent` and `derivative_order` belong to that convention and are not used. `report.residual` is the relative
     distance of nu from `optimum(theta)`; past `tol` the report is not converged, and `strict` raises
     `UnconvergedError`. info "nu_norm". Computes in the dtype of theta. Raises `KeyError` when optimum returns other
-    keys than nu, or a cotangent or tangent has others, `ValueError` when the map or its derivative is not finite, or
-    theta does not reach it.
+    keys than nu, or a cotangent or tangent has others, `ValueError` when it returns other shapes, when the map or its
+    derivative is not finite, or when no part of nu depends on theta (detached, `no_grad`, numpy inside).
     """
     inputs = {key: value.detach() for key, value in theta.items()}
-    value, pull = vjp(optimum, inputs)[:2]
+    reached: list[str] = []
+
+    def traced(at: Params) -> Params:
+        found = optimum(at)
+        reached.extend(key for key, item in found.items() if item.requires_grad)
+        return found
+
+    value, pull = vjp(traced, inputs)[:2]
     check_same_keys(nu, value, "what optimum(theta) returns")
+    _check_shapes(nu, value)
+    if not reached:
+        raise ValueError(
+            "nothing of optimum(theta) depends on theta, so its derivative would be 0: see that the map is "
+            "made of torch operations, without detach, no_grad or numpy"
+        )
     _require_finite(value, "optimum(theta)")
     push = vjp(pull, {key: torch.zeros_like(item) for key, item in value.items()})[1]
     gap = {key: value[key].detach() - nu[key].detach() for key in nu}
@@ -60,6 +73,12 @@ def explicit_sensitivity(
         return _detached(push(({key: item.detach().to(inputs[key].dtype) for key, item in v.items()},))[0], "jvp")
 
     return Sensitivity(backward, forward, report, {"nu_norm": torch.tensor(size, dtype=torch.float64)})
+
+
+def _check_shapes(nu: Params, value: Params) -> None:
+    for key, item in value.items():
+        if item.shape != nu[key].shape:
+            raise ValueError(f"optimum(theta) gave '{key}' {tuple(item.shape)}, nu holds {tuple(nu[key].shape)}")
 
 
 def _stale(residual: float, tol: float) -> str:

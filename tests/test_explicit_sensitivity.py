@@ -81,6 +81,11 @@ def test_bad_input_is_refused_by_name() -> None:
         found.vjp({"K": t(1)})
     with pytest.raises(KeyError, match="the tangent of jvp"):
         found.jvp({"K": t(1)})
+    with pytest.raises(ValueError, match=r"optimum\(theta\) gave 'gain' \(1, 2\), nu holds \(2,\)"):
+        explicit_sensitivity(None, THETA, {"gain": gain(THETA)["gain"][0]}, optimum=gain)
+    for cut in (torch.no_grad()(gain), lambda theta: {"gain": gain(theta)["gain"].detach()}):
+        with pytest.raises(ValueError, match=r"nothing of optimum.* depends on theta"):
+            explicit_sensitivity(None, THETA, gain(THETA), optimum=cut)
     nowhere = lambda theta: {"nu": theta["drift"] * float("nan")}
     with pytest.raises(ValueError, match=r"optimum\(theta\) is not finite for 'nu'"):
         explicit_sensitivity(None, THETA, nowhere(THETA), optimum=nowhere)

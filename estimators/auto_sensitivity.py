@@ -32,7 +32,7 @@ from sim2real.estimators.critic_gauss_newton import demand
 from sim2real.estimators.function_space import function_space_sensitivity
 from sim2real.estimators.model_critic import moves_smoothly
 from sim2real.estimators.policy_sensitivity import Objective, policy_sensitivity
-from sim2real.estimators.score_sensitivity import score_sensitivity
+from sim2real.estimators.score_sensitivity import LARGEST, score_sensitivity
 from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params, dot, ravel, unravel
@@ -140,12 +140,13 @@ def _routes(r: _Request) -> list[tuple[str, Route, str]]:
     silent = "" if r.mdp.log_prob is not None else "the model declares no log_prob"
     sure = "a deterministic policy has no log_prob" if r.policy.noise_dim == 0 else ""
     few = "it needs four rollouts at least" if r.noise.process.shape[0] < 4 else ""
+    many = "too many parameters for second-order scores" if _score_size(r) > LARGEST else ""
     # a model with a derivative needs no density, unless what it lacks is how the end moves
     blind = silent if r.order == 0 or ends else ""
     return [
         ("Hessian", _hessian, rough or flat or ends),
         ("function space", partial(_function_space, derivative="score" if ends else "auto"), rough or blind),
-        ("score", _score, silent or sure or few),
+        ("score", _score, silent or sure or few or many),
     ]
 
 
@@ -166,29 +167,47 @@ def _score(r: _Request) -> Sensitivity:
     options: dict[str, Any] = {"variance": "critic" if smooth or r.features is not None else "causal"}
     options |= {"damping": 0.0 if r.damping == "auto" else r.damping, "tolerance": r.tolerance}
     options |= {"features": r.features, "actions": r.actions, "cotangent": r.cotangent}
-    options["groups"] = min(20, r.noise.process.shape[0] // 2)
+    options["groups"] = _score_groups(r)
     return score_sensitivity(r.mdp, r.policy, r.theta, r.nu, r.noise, **options)
+
+
+def _score_groups(r: _Request) -> int:
+    return min(20, r.noise.process.shape[0] // 2)
+
+
+def _score_size(r: _Request) -> int:
+    """Entries of the second derivatives that `score_sensitivity` keeps."""
+    P, Q = len(ravel(r.nu)), len(ravel(r.theta))
+    return _score_groups(r) * P * (P + Q)
 
 
 def _soft(r: _Request) -> Sensitivity:
     if r.temperature is None:
         raise ValueError("the soft route needs a temperature")
-    with torch.no_grad():
-        states = rollout(r.mdp, r.policy, r.theta, r.nu, r.noise).states
-    # one state per rollout, its time drawn with the discount's weights: the discounted visits
-    batch, horizon = r.noise.process.shape[:2]
-    weights = r.mdp.discount ** torch.arange(horizon, dtype=torch.float64, device=states.device)
-    marks = (torch.arange(batch, dtype=torch.float64, device=states.device) + 0.5) / batch
-    steps = torch.searchsorted(weights.cumsum(0) / weights.sum(), marks).clamp(max=horizon - 1)
-    visited = states[torch.arange(batch, device=states.device), steps]
+    visited, weight = _visits(r)
     options: dict[str, Any] = {"temperature": r.temperature, "actions": r.actions, "cotangent": r.cotangent}
     options |= {"damping": 0.0 if r.damping == "auto" else r.damping, "solve": r.solve}
     found = soft_sensitivity(r.mdp, r.policy, r.theta, r.nu, visited, r.noise, **options)
     if "consistency" not in found.info:
         return found
     # soft policy improvement: lambda KL(pi || soft greedy) of soft return per visit
-    gain = r.temperature * found.info["consistency"] * weights.sum()
+    gain = r.temperature * found.info["consistency"] * weight
     return replace(found, info=dict(found.info) | {"gain": gain})
+
+
+def _visits(r: _Request) -> tuple[Tensor, float]:
+    """B states `[B, n]` of the rollouts, before their end, with the discounted visits, and the visits per rollout."""
+    with torch.no_grad():
+        drawn = rollout(r.mdp, r.policy, r.theta, r.nu, r.noise)
+    batch, horizon = drawn.rewards.shape
+    weights = r.mdp.discount ** torch.arange(horizon, dtype=torch.float64, device=drawn.states.device)
+    mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
+    # in a mixed order: state k's own rollout of Q takes row k of the noise, which must not be what led to the state
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).to(drawn.states.device)
+    cumulative = (weights * mask[order]).mT.flatten().cumsum(0)
+    marks = (torch.arange(batch, dtype=torch.float64, device=drawn.states.device) + 0.5) * cumulative[-1] / batch
+    chosen = torch.searchsorted(cumulative, marks).clamp(max=batch * horizon - 1)
+    return drawn.states[order[chosen % batch], chosen // batch], float(cumulative[-1]) / batch
 
 
 def _tried(route: Route, r: _Request) -> Sensitivity | str:

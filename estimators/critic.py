@@ -242,7 +242,7 @@ def check_identified(system: CriticSystem, real_discount: float, ridge: float) -
         raise CriticError(
             f"the log does not identify the critic: rank {rank} of {len(values)} features, features {largest} go "
             "together. Actions that follow the state exactly cannot tell what another action is worth: add exploration "
-            "noise when recording, pass fewer features, or a ridge > 0"
+            "noise when recording, pass fewer features (for discrete actions: columns per action), or a ridge > 0"
         )
     unit, crossed = unit + ridge * eye, cross / scale / scale.unsqueeze(-1)
     radius = float(torch.linalg.eigvals(torch.linalg.solve(unit, real_discount * crossed)).abs().max())

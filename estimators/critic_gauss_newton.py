@@ -118,7 +118,8 @@ def rollout_q_values(mdp: ModelMDP, policy: Policy, nu: Params, noise: Noise) ->
 
     State i uses row i mod B of the noise (`initial` is not used), so the expectation over the model's noise is taken
     together with that over the states, and the noise of single rollouts counts into "representability". What comes
-    after T steps is dropped. Raises `ValueError` for a model of derivative order below 2.
+    after T steps is dropped. Draw `noise` anew: the one that led to the states is not independent of them.
+    Raises `ValueError` for a model of derivative order below 2.
     """
     if mdp.derivative_order < 2:
         raise ValueError(
@@ -131,7 +132,8 @@ def rollout_q_values(mdp: ModelMDP, policy: Policy, nu: Params, noise: Noise) ->
         rows = torch.arange(len(state), device=state.device) % len(noise.process)
         total, alive = torch.zeros_like(state[:, 0]), torch.ones_like(state[:, 0])
         for t, e in enumerate(noise.process[rows].unbind(1)):
-            following = mdp.step(theta, state, action, e)
+            # beyond its end a model may not be finite
+            following = torch.where(alive.bool().unsqueeze(-1), mdp.step(theta, state, action, e), state)
             total = total + mdp.discount**t * alive * mdp.reward(theta, state, action, e, following)
             if mdp.terminal is not None:
                 alive = alive * ~mdp.terminal(theta, following)

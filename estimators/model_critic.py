@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -119,7 +120,8 @@ def model_critic(
         )
     with torch.no_grad():
         drawn = rollout(mdp, acting, theta, nu, noise)
-        flat = _in_double(transitions(drawn))
+        over = partial(mdp.terminal, theta) if mdp.terminal is not None else None
+        flat = _in_double(transitions(drawn, terminal=over))
         mask = torch.ones_like(drawn.rewards, dtype=torch.bool) if drawn.mask is None else drawn.mask
         some = slice(None, None, 1 + len(flat.rewards) // ROWS)
         sample = replace(flat, states=flat.states[some], actions=flat.actions[some])

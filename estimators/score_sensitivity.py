@@ -38,7 +38,7 @@ from sim2real.solve_report import Sensitivity, SolveReport
 
 Variance = Literal["plain", "baseline", "causal", "critic"]
 
-_LARGEST = 50_000_000  # entries of all the matrices kept, 400 MB
+LARGEST = 50_000_000  # entries of all the matrices kept, 400 MB
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _check_sizes(noise: Noise, groups: int, theta: Params, nu: Params, variance:
     if groups < 2 or batch < 2 * groups:
         raise ValueError(f"groups must be at least 2, of two rollouts or more; got {groups} groups of {batch} rollouts")
     P, Q = len(ravel(nu)), len(ravel(theta))
-    if groups * P * (P + Q) > _LARGEST:
+    if groups * P * (P + Q) > LARGEST:
         raise ValueError(
             f"{P} policy and {Q} model parameters in {groups} groups are too many for second-order scores, which need "
             "far more rollouts than parameters: use function_space_sensitivity, or fewer groups"

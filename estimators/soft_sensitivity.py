@@ -69,10 +69,10 @@ def soft_sensitivity(
 ) -> Sensitivity:
     """dnu*/dtheta, or with `taken [M, m]` d log pi(taken | states) as {"log_prob": `[M]`}, in `states [M, n]`.
 
-    `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`; states of
-    in-sim rollouts need another `noise` than the one that led there, or the products are biased by it. `solve`
-    and `damping` (in units of F, 1 / nu^2) belong to the projection. The report is that of the solve for `cotangent`
-    (or a pseudo-random one). info: "consistency" and "consistency_stderr", how far the policy is from soft-optimal in
+    `temperature`, `noise`, `actions`, `action_value`, `soft_value` and `method` as in `hessian_free_gradient`. Where
+    in-sim rollouts led to the states, `noise` must be another one than theirs, or it biases the products. `solve` and
+    `damping` (in units of F, 1 / nu^2) belong to the projection. The report is that of the solve for `cotangent` (or a
+    pseudo-random one). info: "consistency" and "consistency_stderr", how far the policy is from soft-optimal in
     the model, in nats (`soft_consistency`; not with `action_value`, or noise of fewer than four rows). By two standard
     errors above `consistency_tol`, or where the solve has not converged, `report.converged` is False, which warns
     `UnconvergedWarning`, or raises `UnconvergedError` under `strict`. `jvp` differentiates the reverse pass: it needs a

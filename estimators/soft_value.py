@@ -161,7 +161,7 @@ def soft_consistency(
     states = states[_alive(mdp, theta, states).bool()]
     if not len(states):
         raise ValueError("all states are terminal in the model: there is no policy to judge")
-    options = {"temperature": temperature, "method": method}
+    options: dict[str, Any] = {"temperature": temperature, "method": method}
     with torch.no_grad():
         nodes = action_nodes(policy, nu, states, actions)
         shares = torch.stack([share for _, share in nodes])

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import scalar, seeded
+from problems import linear_gaussian_problem, scalar, seeded
+from test_hessian_free import COST, LAMBDA, MODEL, PRICE, SIM, soft
 from torch import Tensor
 
 from benchmarks.samples import problem, relative_error
 from sim2real import (
     ModelMDP,
     Params,
+    Policy,
     UnconvergedError,
     UnconvergedWarning,
     boltzmann_policy,
@@ -22,10 +24,11 @@ from sim2real import (
     sample_noise,
 )
 from sim2real.controllers import exploring_policy
-from sim2real.estimators.auto_sensitivity import auto_sensitivity
+from sim2real.estimators.auto_sensitivity import _Request, _visits, auto_sensitivity
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
-from sim2real.rollout import expected_return
-from sim2real.solvers import policy_optimum
+from sim2real.rollout import expected_return, rollout
+from sim2real.simulators import linear_gaussian
+from sim2real.solvers import cg, linear_noise_policy, policy_optimum
 
 P = problem()
 G = {"gain": torch.ones(2, 4, dtype=torch.float64)}
@@ -53,8 +56,6 @@ def test_a_stationary_policy_of_a_differentiable_model_takes_the_hessian() -> No
 
 
 def loose(*args, **options):
-    from sim2real.solvers import cg
-
     return cg(*args, tol=1e-7, **options)
 
 
@@ -216,3 +217,40 @@ def test_bad_requests_are_named() -> None:
         auto_sensitivity(silent, P.policy, P.theta, P.nu, noise_of(100))
     with pytest.raises(UnconvergedError, match=r"rank .*score: it needs four rollouts at least"):
         auto_sensitivity(BLACK, P.policy, P.theta, P.nu, noise_of(2, horizon=5))
+
+
+def test_the_soft_fallback_is_not_biased_by_the_noise_that_led_to_its_states() -> None:
+    mdp = linear_gaussian(MODEL["A"], MODEL["B"], noise_covariance=0.5 * COST, state_cost=COST, action_cost=PRICE)
+    mdp, policy = replace(mdp, discount=SIM), linear_noise_policy(1)
+    g = {"gain": torch.tensor([[1.0, -0.5]], dtype=torch.float64), "factor": torch.full((1, 1), 0.3).double()}
+    exact = ravel(torch.func.vjp(soft, MODEL)[1](g)[0])
+    found = []
+    for seed in range(6):
+        noise = sample_noise(mdp, policy, 256, 40, seeded(seed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnconvergedWarning)
+            chain = auto_sensitivity(
+                mdp, policy, MODEL, soft(MODEL), noise, fallback="soft", temperature=LAMBDA, derivative_order=0
+            )
+        found.append(ravel(chain.vjp(g)))
+    # 1536 rollouts; the noise that led to the states, used again for their rollouts, is 60 % off
+    assert float((torch.stack(found).mean(0) - exact).norm()) < 0.12 * float(exact.norm())
+
+
+def test_the_soft_fallback_visits_no_state_beyond_an_end() -> None:
+    mdp, policy, theta, nu = linear_gaussian_problem()
+    mdp = replace(mdp, terminal=lambda th, s: s[:, 0] > 1.0)
+    noise = sample_noise(mdp, policy, 100, 20, seeded(3))
+    nothing = (None, None, None, None, "auto", cg, 0.1)
+    states, weight = _visits(_Request(mdp, policy, theta, nu, noise, lambda th, at: th["A"].sum(), None, 0, *nothing))
+    assert not bool(mdp.terminal(theta, states).any())
+    mask = rollout(mdp, policy, theta, nu, noise).mask
+    assert weight == pytest.approx(float((mask * mdp.discount ** torch.arange(20).double()).sum(1).mean()))
+
+
+def test_too_many_parameters_for_scores_are_a_reason_not_an_error() -> None:
+    wide = lambda nu, s: -(s @ nu["gain"].T)[:, :2]
+    policy = Policy(lambda nu, s, e: wide(nu, s) + 0.5 * e, lambda nu, s, a: -(a - wide(nu, s)).square().sum(-1), 2)
+    upside = replace(BLACK, reward=lambda *args: -P.mdp.reward(*args))
+    with pytest.raises(UnconvergedError, match=r"no maximum.*score: too many parameters"):
+        auto_sensitivity(upside, policy, P.theta, {"gain": torch.zeros(600, 4).double()}, noise_of(100))

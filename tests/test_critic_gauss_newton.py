@@ -117,6 +117,9 @@ def test_the_pathwise_critic_of_rollouts_equals_bellman() -> None:
     brief = rollout_q_values(replace(mdp, terminal=lambda theta, s: s[:, 0] < 1e9), policy, nu, ONE)
     s, a = p.states, torch.ones(4, 2).double()
     torch.testing.assert_close(brief(p.theta, s, a), -(s * s).sum(-1) - 0.5 * (a * a).sum(-1))
+    # and what the model does beyond it need not be finite
+    off = replace(mdp, terminal=lambda th, s: s[:, 0] > 1e9, step=lambda th, s, a, e: s.abs() ** 40 + 2e9)
+    torch.testing.assert_close(rollout_q_values(off, policy, nu, ONE)(p.theta, s, a), brief(p.theta, s, a))
     with pytest.raises(ValueError, match="derivative_order 1"):
         rollout_q_values(replace(mdp, derivative_order=1), policy, nu, ONE)
 

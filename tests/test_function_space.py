@@ -251,3 +251,18 @@ def test_conditions_that_fail_are_named() -> None:
     upside = replace(p.mdp, reward=lambda *args: -p.mdp.reward(*args))
     with pytest.raises(UnconvergedError, match="no maximum in the action"):
         pointwise_sensitivity(upside, p.policy, p.theta, p.nu, noise_of(p, 100), torch.zeros(1, 4).double())
+
+
+def test_an_end_at_the_last_step_is_an_end() -> None:
+    p = problem()
+    mdp = replace(
+        p.mdp,
+        step=lambda theta, s, a, e: p.mdp.step(theta, s, a, e) + 1000.0,
+        terminal=lambda theta, s: s[:, 0] > 500.0,
+        log_prob=None,
+    )
+    critic = model_critic(mdp, p.policy, p.theta, p.nu, noise_of(p, 400, horizon=1), derivative="pathwise")
+    flat = critic.data.transitions
+    assert bool(flat.ended.all())
+    # nothing follows: Q is the reward, quadratic in state and action
+    torch.testing.assert_close(critic.data.phi @ critic.weights, flat.rewards, rtol=1e-6, atol=1e-6)

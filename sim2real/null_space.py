@@ -131,8 +131,10 @@ def free_step(gradient: Tensor, curvature: Tensor, moving: Tensor, low: Tensor, 
     """argmax of `g'd - d'L d / 2` over `moving'd = 0`, `|d| <= radius`, `low <= d <= high`; all in x, `[d]`.
 
     A variable that meets its bound on the way stays there for the rest of the step, and the sphere ends it: feasible,
-    not always optimal; the next step starts with all of them free again.
+    not always optimal; the next step starts with all of them free again. Raises `ValueError` for what is not finite.
     """
+    if not bool(torch.isfinite(gradient).all() & torch.isfinite(curvature).all()):
+        raise ValueError("the log-likelihood has a gradient or a curvature that is not finite")
     step = torch.zeros_like(gradient)
     held = ((low >= 0) & (gradient < 0)) | ((high <= 0) & (gradient > 0))
     while True:

@@ -213,6 +213,15 @@ def test_products_that_are_not_finite_are_named() -> None:
         freed(toy(sensitivity=lambda theta, nu: linear_sensitivity(W * math.nan)))
 
 
+def test_likelihoods_that_are_not_finite_are_refused() -> None:
+    nan, none = torch.full((5,), torch.nan).double(), torch.zeros(5, 0).double()
+    for gradient, curvature in ((nan, P), (FAR, P), (MEAN, P * torch.nan)):
+        with pytest.raises(ValueError, match="not finite"):
+            free_step(gradient, curvature, none, -FAR, FAR, 1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        likeliest_equal_policy(toy(log_likelihood=lambda theta: (0.0, nan, P)), {"x": MEAN + 1}, {"n": W @ (MEAN + 1)})
+
+
 def test_free_steps_are_optimal_and_feasible() -> None:
     generator = torch.Generator().manual_seed(0)
     for trial in range(50):

@@ -68,7 +68,8 @@ def begin(
     row = _row(search, space, anchor, measured) | {"accepted": 1.0}
     search = replace(search, history=(row,), notes=_warned(anchor, 0))
     if refused:
-        note = f"the start was refused, its gradient is {anchor.reason} (certify = False goes on without)"
+        way_out = "a larger error_tol allows more, certify = False goes on without"
+        note = f"the start was refused, its gradient is {anchor.reason} ({way_out})"
         return replace(search, notes=(*search.notes, note), finished=f"refused: the gradient is {anchor.reason}")
     return _ended(search, settings, space)
 
@@ -125,8 +126,7 @@ def _tried(search: Search, step: Tensor, multipliers: Tensor, space: Space, eval
     try:
         point = evaluate(theta, anchor.nu, search.data, lambda point: _improves(point, anchor))
     except UNUSABLE as problem:  # no optimum or no critic at this theta
-        info = {key: value for key, value in anchor.info.items() if key not in CERTIFICATE}
-        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem), info=info, warned=())
+        point = replace(anchor, theta=theta, value=-math.inf, trusted=False, reason=str(problem), info={}, warned=())
     search = replace(search, notes=(*search.notes, *_warned(point, iteration)))
     reason = point.reason
     if point.trusted and feasible(anchor) and (broken := violated(point)):
@@ -255,4 +255,5 @@ def _ended(search: Search, settings: TuneSettings, space: Space) -> Search:
         finished = f"stopped after the allowed {settings.max_steps} iterations"
     else:
         return search
-    return replace(search, finished=finished)
+    broken = violated(search.anchor)
+    return replace(search, finished=f"{finished}; the best theta violates {broken}" if broken else finished)

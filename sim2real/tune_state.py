@@ -211,7 +211,7 @@ def snapshot(search: Search, generator: torch.Generator | None) -> Params:
 
 def restore(state: Params, generator: torch.Generator | None) -> Search:
     """The search of a snapshot; sets `generator` as it was. Raises `ValueError` when the snapshot does not fit."""
-    missing = {"record", "gradient", "known_curvature", "replicates", "curvature", "margins"} - state.keys()
+    missing = {"record", "gradient", "known_curvature", "replicates", "curvature", "margins", "slopes"} - state.keys()
     if missing or (generator is not None) != ("generator" in state):
         what = f"lacks {sorted(missing)}" if missing else "and the generator passed do not go together"
         raise ValueError(f"the state {what}; pass a state that tune handed out, and a generator as in that run")

@@ -174,7 +174,7 @@ def tune(
     )
     evaluate = partial(evaluated, task)
     source = _source(collect, policy, rng, real_reward, real_discount, terminal)
-    before = None if calibration is None else calibration(theta)
+    before, uncalibrated = _at_start(calibration, theta)
     if state:
         search = restore(state, rng)
         check_same_keys(theta, search.anchor.theta, "the theta of the state")
@@ -189,7 +189,7 @@ def tune(
             on_step(snapshot(search, rng))
     search, wanted, saved = _run(search, lambda s: advance(s, options, space, evaluate, source), rng, on_step)
     point = search.anchor if wanted is None else wanted
-    notes, waiting = search.notes, wanted is not None
+    notes, waiting = (*search.notes, *uncalibrated), wanted is not None
     result = TuneResult(point.theta, point.nu, search.history, _report(search), notes, waiting=waiting, state=saved)
     if waiting:
         return result
@@ -213,6 +213,16 @@ def _likelier(result: TuneResult, task: Task, search: Search, start: Params, *, 
         curve, told = trade_off(task, search, task.likelihood, start, free)
         result, notes = replace(result, trade_off=curve), (*notes, *told)
     return replace(result, notes=notes)
+
+
+def _at_start(
+    calibration: Callable[[Params], Calibration] | None, theta: Params
+) -> tuple[Calibration | None, tuple[str, ...]]:
+    """The calibration of the start, and a note where it has none."""
+    try:
+        return None if calibration is None else calibration(theta), ()
+    except UNUSABLE as cause:
+        return None, (f"no predictive calibration: {cause}",)
 
 
 def _calibrated(result: TuneResult, calibration: Callable[[Params], Calibration], before: Calibration) -> TuneResult:

@@ -297,6 +297,23 @@ def test_calibration_is_taken_before_and_after() -> None:
     assert told.calibration is None
     assert "the tuned theta has no calibration: no window fits" in told.notes[-1]
 
+    def never(theta: Params) -> Calibration:
+        raise ValueError("no window fits")
+
+    without = tune_toy(calibration=never)
+    assert without.calibration is None
+    assert "no predictive calibration: no window fits" in without.notes
+    assert torch.equal(ravel(without.theta), ravel(result.theta))
+
+
+def test_a_search_that_ends_outside_a_limit_says_so() -> None:
+    def never(nu: Params, data: Any) -> Margin:
+        return Margin(-1 - nu["x"] @ nu["x"], {"x": -2 * nu["x"]}, torch.zeros(()), torch.zeros(()))
+
+    result = tune_toy(constraints={"never": never}, settings=TuneSettings(max_steps=3, certify=False))
+    assert not result.report.converged
+    assert "the best theta violates 'never' (margin -1" in result.report.status
+
 
 # ------------------------------------------------------------------------------------------- policies by a formula
 

@@ -431,6 +431,8 @@ def test_refuses_candidates_that_cannot_be_trusted_and_says_so(optimum: Any, wor
     refused = [row for row in result.history if not row["converged"]]
     assert refused
     assert not any(row["accepted"] for row in refused)
+    # nothing was estimated where there is no policy
+    assert all(("real_return" in row) == (optimum is unfinished) for row in refused)
 
 
 def test_a_return_that_is_not_finite_is_refused() -> None:

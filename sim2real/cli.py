@@ -20,7 +20,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    the log, the schema or a parameter file cannot be used; the message names file and row
   2    the command line is wrong: unknown key, model, parameter or value
-  3    not converged; with strict=true also when a result is flagged
+  3    not converged (tune: the start was refused, or a constraint is violated); with strict=true also when flagged
   4    tune: waiting for new rollouts of the exported policy; run the same command again when they are there
   5    the output folder cannot be used: not writable, disk full, busy, or it holds a run with other settings
   130  interrupted; run the same command again to resume"""

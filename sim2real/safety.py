@@ -253,6 +253,9 @@ def _priced(
         raise ValueError(
             f"the cost of '{constraint.name}' gave {list(rewards.shape)}, expected {list(log.rewards.shape)}"
         )
+    if not bool(torch.isfinite(rewards).all()):
+        bad = int((~torch.isfinite(rewards)).nonzero()[0])
+        raise ValueError(f"the cost of '{constraint.name}' is not finite (first at transition {bad})")
     return transitions(replace(log, rewards=rewards))
 
 

@@ -52,24 +52,28 @@ def evaluation_tables(scored: Evaluation) -> list[Table]:
 
 def tune_tables(result: TuneResult) -> list[Table]:
     """Parameters before and after, and the iterations."""
-    iterations = _table(
-        "iterations", ["iteration", "real return", "± (90 %)", "step", "gradient", "radius", "transitions", "kept"]
-    )
+    head = ["iteration", "real return", "± (90 %)", "step", "gradient", "radius", "transitions", "certified"]
+    margins = [name for name in (result.history[0] if result.history else {}) if name.startswith("margin.")]
+    iterations = _table("iterations", [*head, *(name.replace(".", " ") for name in margins), "kept"])
     for record in result.history:
+        measured = "measured_return" in record
+        mean, error = ("measured_return", "measured_stderr") if measured else ("real_return", "real_return_stderr")
         iterations.add_row(
             number(record.get("iteration"), 3),
-            number(record.get("measured_return", record.get("real_return"))),
-            number(1.645 * record.get("measured_stderr", float("nan")), 2),
+            number(record.get(mean)),
+            number(1.645 * record.get(error, float("nan")), 2),
             *(number(record.get(name), 3) for name in ("step_norm", "gradient_norm", "radius")),
             number(record.get("transitions"), 6),
+            {1.0: "yes", 0.0: "refused"}.get(record.get("certified", float("nan")), "–"),
+            *(number(record.get(name), 3) for name in margins),
             "yes" if record.get("accepted") else "undone",
         )
     values = _table("parameters", ["parameter", "start", "tuned"])
     first = result.history[0] if result.history else {}
-    for name, value in result.theta.items():
-        if value.ndim == 0:
-            start = first.get(f"theta.{name}", float(value))  # held parameters are not in the history
-            values.add_row(name, number(start, 5), number(float(value), 5))
+    for name, tuned in result.theta.items():
+        if tuned.ndim == 0:
+            start = first.get(f"theta.{name}", float(tuned))  # held parameters are not in the history
+            values.add_row(name, number(start, 5), number(float(tuned), 5))
     return [iterations, values]
 
 

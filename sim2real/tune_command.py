@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
             (folder / "report.html").unlink(missing_ok=True)  # of an earlier result
         message = _message(config, result)
         write_log_line(folder, "tune.log", message.replace("\n", " "))
-    code: ExitCode = 4 if result.waiting else 0 if result.report.converged or not config.strict else 3
+    doubtful = _unfit(result) or (config.strict and not result.report.converged)
+    code: ExitCode = 4 if result.waiting else 3 if doubtful else 0
     document = {**vars(parameters), "out": config.out, "waiting": result.waiting, "history": list(result.history)}
     return Outcome(code, finite_json(document), message, result)
 
@@ -100,6 +101,10 @@ def _task(config: TuneConfig) -> Task:
     policy, nu, module = _policy(config, len(states), len(mdp.names.get("action", ())))
     mdp, reward = _task_reward(config, mdp, theta)
     free = tuple(config.free or theta)
+    if gaussian(given, free) is None:
+        for name in ("trade_off", "likelihood_weight"):
+            if getattr(settings, name):
+                raise UsageError(f"tune.{name}: needs params of a fit that estimated some of {list(free)}")
     return Task(mdp, spec, theta, free, _shifted(policy, target), nu, module, target, reward, log, given, settings)
 
 
@@ -114,6 +119,7 @@ def _check_numbers(config: TuneConfig) -> None:
         ("data.rollouts", config.data.rollouts, ">= 1", config.data.rollouts >= 1),
         ("data.exploration", config.data.exploration, ">= 0 and finite", 0 <= config.data.exploration < inf),
         ("policy.std", config.policy.std, ">= 0 and finite", 0 <= config.policy.std < inf),
+        ("tune.audit", config.tune.audit, "0 with tune.certify=false", config.tune.certify or config.tune.audit <= 0),
         ("policy.hidden", hidden, "widths >= 1", all(width >= 1 for width in hidden)),
     ):
         if not holds:
@@ -162,7 +168,7 @@ def _export(folder: Path, task: Task, nu: Params) -> None:
 
 
 def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progress) -> TuneResult:
-    found, folder = workspace.snapshot, workspace.folder
+    found, folder, limits = workspace.snapshot, workspace.folder, _constraints(config, task.policy)
     done = 0 if found is None else int(found.record["steps"])
     generator = torch.Generator().manual_seed(config.seed)
     steps = max(1, round(config.horizon / task.mdp.dt))
@@ -196,7 +202,7 @@ def _run(workspace: Workspace, config: TuneConfig, task: Task, progress: Progres
         scale={name: value.abs() for name, value in task.theta.items() if bool((value != 0).all())},
         likelihood=gaussian(task.given, task.free),
         objective=randomized,
-        constraints=_constraints(config, task.policy),
+        constraints=limits,
         calibration=calibration_of(task.mdp, task.log, task.given) if config.calibration else None,
         generator=generator,
         on_step=on_step,
@@ -239,7 +245,12 @@ def _constraints(config: TuneConfig, policy: Policy) -> dict[str, Limit]:
     """The limit of the configuration by name, as `tune` takes it. Raises `UsageError`."""
     options = config.constraint
     if options.cost is None:
+        idle = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
+        if idle:
+            raise UsageError(f"constraint.{idle[0]} needs constraint.cost=package.function: no limit is kept without")
         return {}
+    if not options.name:
+        raise UsageError("constraint.name= is empty: give a name")
     cost = resolve_function(options.cost, "constraint.cost")
     try:
         constraint = Constraint(
@@ -290,5 +301,12 @@ def _message(config: TuneConfig, result: TuneResult) -> str:
     if kept:
         first, last = (record.get("measured_return", record["real_return"]) for record in (kept[0], kept[-1]))
         gain = f"; real return {first:.5g} -> {last:.5g}"
-    state = "converged" if result.report.converged else "ended"
-    return f"{state} after {len(result.history)} iterations ({result.report.status}){gain}; results: {config.out}"
+    state, status = "converged" if result.report.converged else "ended", result.report.status
+    if status.startswith("refused"):
+        gain = "; a larger tune.error_tol allows more, tune.certify=false goes on without a certificate"
+    return f"{state} after {len(result.history)} iterations ({status}){gain}; results: {config.out}"
+
+
+def _unfit(result: TuneResult) -> bool:
+    """Whether the result is none to run: the start was refused, or the best theta violates a constraint."""
+    return result.report.status.startswith("refused") or "violates" in result.report.status

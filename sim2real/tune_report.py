@@ -126,7 +126,7 @@ def _certificate_text(history: Sequence[Mapping[str, float]]) -> str:
     """How much of the search rests on certified gradients."""
     judged = [record for record in history if "certified" in record]
     if not judged:
-        return "No gradient of this run was certified; the notes say why."
+        return "No gradient of this run was certified: tune.certify was false, or the notes say why."
     failed = sum(record["certified"] == 0 for record in judged)
     refused = f" {failed} failed, and those steps were refused." if failed else ""
     bounds = [record["relative_bound"] for record in judged if record["certified"] and "relative_bound" in record]

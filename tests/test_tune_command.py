@@ -255,12 +255,12 @@ def test_a_gymnasium_environment(place: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_mlp_policy_against_a_log(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, [*SMALL, "data.mode=callable", "data.callable=tune_world.collect", "policy.std=0.5",
-                                "tune.max_steps=0", "report=false", "out=first"])  # fmt: skip
-    assert code == 0, err
-    write_rollouts(Path("logs"), Path("first/policy"), [f"run_{k}" for k in range(8)], 2)
+    Path("first").mkdir()
+    np.savez("first/policy.npz", activations=["identity"], weight0=[[-0.6, -0.9]], bias0=[0.0])
+    write_rollouts(Path("logs"), Path("first"), [f"run_{k}" for k in range(8)], 2)
     words = [*SMALL, "policy=mlp", "policy.hidden=[4]", "policy.target=[0.2,-0.1]", "tune.damping=1e-2", "log=logs",
-             "schema=schema.yaml", "tune.max_steps=1", "reward=tune_world.reward", "out=run"]  # fmt: skip
+             "tune.certify=false",  # so large a damping biases the gradient
+             "schema=schema.yaml", "tune.max_steps=0", "reward=tune_world.reward", "out=run"]  # fmt: skip
     code, _, err = run(capsys, [word for word in words if word != "policy=linear"])
     assert code == 0, err
     exported = torch.export.load("run/policy/policy.pt2").module()
@@ -321,6 +321,18 @@ def test_parameters_of_another_model_are_refused(place: Path, capsys: pytest.Cap
         (["batch=0"], 2, "batch=0"),
         (["data.rollouts=0"], 2, "data.rollouts=0"),
         (["tune.radius=-1"], 2, "radius = -1.0"),
+        (["tune.certify=maybe"], 2, "tune.certify"),
+        (["tune.error_tol=nan"], 2, "error_tol = nan"),
+        (["tune.audit=-1"], 2, "audit = -1"),
+        (["tune.audit=1", "tune.certify=false"], 2, "tune.audit=1: expected 0 with tune.certify=false"),
+        (["tune.freedom_tol=-1"], 2, "freedom_tol = -1.0"),
+        (["tune.trade_off=3"], 2, "tune.trade_off: needs params of a fit"),
+        (["tune.likelihood_weight=1"], 2, "tune.likelihood_weight: needs params of a fit"),
+        (["constraint.limit=3"], 2, "constraint.limit needs constraint.cost"),
+        (["constraint.kind=worst"], 2, "expected one of mean, chance"),
+        (["constraint.cost=tune_world.A"], 2, "constraint.cost=tune_world.A: is a Tensor, expected a function"),
+        (["constraint.cost=tune_world.reward", "constraint.name="], 2, "constraint.name= is empty"),
+        (["randomize=1.5"], 2, "randomize"),
     ],
 )
 def test_named_errors(
@@ -331,3 +343,36 @@ def test_named_errors(
     assert got == code
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_result_that_must_not_run_has_exit_code_3(
+    place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*after_fit(place, fitted), "tune.max_steps=0", "report=false", "horizon=4", "resume=false", "out=run"]
+    code, out, err = run(capsys, [*words, "tune.damping=1e6"])
+    assert code == 3
+    assert "refused: the gradient is not certified" in err
+    assert "tune.certify=false goes on without" in err
+    assert "refused" in out
+    code, out, err = run(capsys, [*words, "constraint.cost=scalar_world.effort", "constraint.name=effort"])
+    assert code == 3  # the action is never zero
+    assert "the best theta violates 'effort' (margin -" in err
+    assert "margin effort" in out
+
+
+def test_runs_too_short_for_the_windows_of_the_fit_are_tuned_on_all_the_same(
+    place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((fitted / "fit/params.json").read_text())
+    document["provenance"]["settings"]["fit"]["horizon"] = 1000.0
+    (place / "params.json").write_text(json.dumps(document))
+    words = [
+        *after_fit(place, fitted),
+        "tune.max_steps=0",
+        "report=false",
+        "horizon=4",
+        "out=run",
+        "params=params.json",
+    ]
+    assert run(capsys, words)[0] == 0
+    assert any("no predictive calibration: no window of" in note for note in read_parameters(Path("run")).notes)

@@ -102,11 +102,14 @@ def resolve_function(target: str, key: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
             f"{key}={target}: no such function ({error}); give module.function, importable from here"
         ) from error
+    if not callable(found):
+        raise UsageError(f"{key}={target}: is a {type(found).__name__}, expected a function")
+    return found
 
 
 def _choice(group: str, words: Sequence[str]) -> str:

@@ -62,13 +62,17 @@ def safe_step(
     size = torch.where(size > 0, size, torch.ones_like(size))
     S, m = radius * slopes / size.unsqueeze(-1), margins / size
     box, bound = _box_rows(low / radius, high / radius)
-    needed, conceded = -m, False
-    shortest = _least_distance(torch.cat([S, box]), torch.cat([needed, bound]))
+    rows, needed, conceded = torch.cat([S, box]), torch.cat([-m, bound]), False
+    shortest = _least_distance(rows, needed)
     if shortest is None or float(shortest[0].norm()) > 1 - 1e-9:
         toward = _restoring(S, m, box, bound)
         left = (m + S @ toward).clamp(max=0.0)
-        needed, conceded = left - m, bool((left < -1e-9).any())
-    step, duals = _in_ball(radius * gradient, radius**2 * B, torch.cat([S, box]), torch.cat([needed, bound]))
+        needed, conceded = torch.cat([left - m, bound]), bool((left < -1e-9).any())
+    else:
+        toward = shortest[0]
+    step, duals = _in_ball(radius * gradient, radius**2 * B, rows, needed)
+    if bool((rows @ step < needed - 1e-7).any()):  # a set so thin that its whitening loses it: no room for the return
+        step, duals = toward, torch.zeros_like(duals)
     step = (radius * step).clamp(low, high)
     return SafeStep(step.to(dtype), (duals[: len(m)] / size).to(dtype), (margins + slopes @ step).to(dtype), conceded)
 

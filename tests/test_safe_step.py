@@ -91,6 +91,29 @@ def test_what_cannot_be_met_is_approached() -> None:
     assert found.conceded
 
 
+@pytest.mark.parametrize("seed", [58, 77, 135, 155, 565])
+def test_thin_sets_of_stiff_problems_are_not_lost(seed: int) -> None:
+    # variables without room, constraints out of reach and curvatures from 1e-8 to 1e4: what can be met is still met
+    draw, size, count = np.random.default_rng(seed), 10, 8
+    turn = np.linalg.qr(draw.standard_normal((size, size)))[0]
+    B, S = turn @ np.diag(10 ** draw.uniform(-8, 4, size)) @ turn.T, draw.standard_normal((count, size))
+    scale = np.linalg.norm(S, axis=1)
+    m = scale * (0.3 * draw.standard_normal(count) - 0.2)
+    low, high = -draw.random(size) * (draw.random(size) < 0.9), draw.random(size) * (draw.random(size) < 0.9)
+    found = solved((draw.standard_normal(size), B, low, high, m, S, np.array(1.0)))
+    violated = lambda x: float((np.minimum((m + S @ x) / scale, 0) ** 2).sum())
+    best = minimize(
+        violated,
+        np.zeros(size),
+        bounds=list(zip(low, high, strict=True)),
+        constraints=[{"type": "ineq", "fun": lambda x: 0.64 - x @ x}],
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    assert found.conceded
+    assert violated(found.step.numpy()) <= 1.001 * best.fun + 1e-9
+
+
 def test_without_constraints_it_is_the_trust_region_step() -> None:
     for seed in range(4):
         g, B, _, _, _, _, radius = (torch.tensor(x) for x in random_program(2 * seed))

@@ -9,6 +9,10 @@ The states are eliminated ("condensed"; Borrelli, Bemporad and Morari, Predictiv
 
     H = 2 sum_k g^k G_k'Q_k G_k + 2 diag(g^k R),      h = sum_k g^k G_k'(2 Q_k f_k + q) + (g^k r)_k.
 
+Powers of A stand in these: with an unstable eigenvalue l, rounding of the plan grows as `|l|^(2N)`, and no residual of
+the program shows it. At l = 1.3 the first action is exact to 1e-11 for N = 20, 3e-9 for 30, 4e-2 for 60: keep `|l|^N`
+below some 1e4.
+
 Bounds on inputs alone are always feasible: a box QP. Bounds on outputs need not be. Hard, a state from which they
 cannot hold has no plan, and is said to have none. Soft, each may be exceeded by `e_k >= 0` at the price
 

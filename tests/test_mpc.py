@@ -16,7 +16,15 @@ from sim2real.mdp import sample_noise
 from sim2real.params import Params
 from sim2real.rollout import expected_return
 from sim2real.simulators import linear_gaussian
-from sim2real.solvers import InfeasibleError, QPSolution, condensed_mpc, mpc_policy, mpc_report, riccati
+from sim2real.solvers import (
+    InfeasibleError,
+    QPSolution,
+    condensed_mpc,
+    finite_horizon_riccati,
+    mpc_policy,
+    mpc_report,
+    riccati,
+)
 
 N, M = 3, 2
 
@@ -62,6 +70,15 @@ def test_without_bounds_it_is_the_finite_horizon_riccati_gain() -> None:
     torch.testing.assert_close(plan.actions[:, 0], -starts(5) @ K.mT, rtol=1e-11, atol=1e-12)
     total = cost({**p, "P": terminal, "q": A[0] * 0, "r": B[0] * 0}, plan.states, plan.actions, discount)
     torch.testing.assert_close(total, torch.einsum("bi,ij,bj->b", starts(5), P, starts(5)), rtol=1e-11, atol=1e-12)
+
+
+def test_an_unstable_model_keeps_the_digits_that_the_docs_promise() -> None:
+    A = torch.tensor([[1.2, 0.5], [0.0, 1.3]], dtype=torch.float64)
+    B, Q = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    R, x0 = 0.1 * Q[:1, :1], torch.tensor([0.2, -0.1], dtype=torch.float64)
+    for horizon, error in ((20, 1e-10), (30, 3e-8)):  # 1.3^(2N) times rounding
+        K = finite_horizon_riccati(A, B, Q, R, horizon)[1][0]
+        torch.testing.assert_close(condensed_mpc(A, B, Q, R, x0, horizon).actions[0], -K @ x0, rtol=0, atol=error)
 
 
 def test_with_the_riccati_cost_at_the_end_the_horizon_does_not_matter() -> None:

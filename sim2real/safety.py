@@ -200,9 +200,10 @@ def worst_case_gradient(
     """Margin of the largest mean cost among simulators with parameters `draws` (values `[K, ...]`), and its gradient.
 
     Each draw is rolled out on the same `noise`; weights sum to 1 over its T steps. `constraint.width` w > 0 takes
-    `w log sum_k exp(J_k / w)` for the maximum, which exceeds it by at most `w log K`. info: "costs" `[K]`. With
-    `worst_case_draws(constraint)` draws the maximum is exceeded by at most the share `probability` of the posterior,
-    with `confidence`, for a policy chosen without them: judge a policy trained on some draws on new ones.
+    `w log sum_k exp(J_k / w)` for the maximum, which exceeds it by at most `w log K`. The maximum over as many draws as
+    `worst_case_draws(constraint)` is exceeded by at most the share `probability` of the posterior, with `confidence`,
+    for a policy chosen without them: judge a policy trained on some draws on new ones. info: "costs" `[K]`, and
+    "confidence", what the draws given are worth.
     Raises `ValueError` for another kind, draws that do not match, or costs that are not finite.
     """
     if constraint.kind != "worst_case":
@@ -222,7 +223,8 @@ def worst_case_gradient(
         parts = torch.autograd.grad(worst, list(leaves.values()), allow_unused=True, materialize_grads=True)
     grad = {key: -part for key, part in zip(leaves, parts, strict=True)}
     worst = worst.detach()
-    return Margin(constraint.limit - worst, grad, worst, torch.zeros_like(worst), info={"costs": costs.detach()})
+    info = {"costs": costs.detach(), "confidence": worst.new_tensor(1 - (1 - constraint.probability) ** len(costs))}
+    return Margin(constraint.limit - worst, grad, worst, torch.zeros_like(worst), info=info)
 
 
 def worst_case_draws(constraint: Constraint) -> int:

@@ -247,6 +247,8 @@ def test_worst_case_gradient_by_central_differences(width: float) -> None:
 def test_number_of_draws_for_a_probable_worst_case() -> None:
     # 0.95^K <= 0.05 from K = 59 on (Tempo, Bai and Dabbene 1997)
     assert worst_case_draws(replace(EFFORT, kind="worst_case")) == 59
+    # what fewer draws are worth is said: 1 - 0.95^5
+    assert float(worst(0.0)[0].info["confidence"]) == pytest.approx(0.2262190625)
 
 
 def test_what_cannot_be_trusted_says_so() -> None:

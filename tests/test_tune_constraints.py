@@ -306,6 +306,46 @@ def test_calibration_is_taken_before_and_after() -> None:
     assert torch.equal(ravel(without.theta), ravel(result.theta))
 
 
+def test_a_likelihood_that_is_not_finite_moves_nothing_and_is_noted() -> None:
+    def broken(theta: Params) -> Any:
+        return (
+            torch.tensor(math.nan),
+            {key: torch.full_like(value, math.nan) for key, value in theta.items()},
+            PRECISION,
+        )
+
+    # one number of nu: two directions of theta are free
+    few = {
+        "objective": lambda theta, nu: -((nu["x"] - ravel(theta)[:1]).square().sum()),
+        "gradient": lambda policy, nu, log, **_: Estimate(-5 - (nu["x"] - 1).square().sum(), {"x": 2 - 2 * nu["x"]}),
+        "optimum": lambda theta, nu: {"x": ravel(theta)[:1]},
+    }
+    result = tune_toy(likelihood=broken, **few)
+    assert result.freedom is None
+    assert any("freedom of equal policies was not used: the log-likelihood has" in note for note in result.notes)
+    assert torch.equal(ravel(result.theta), ravel(tune_toy(**few).theta))
+
+
+def test_constraints_freedom_and_certificates_resume_bitwise() -> None:
+    states: list[Params] = []
+    options: dict[str, Any] = {
+        "constraints": {"ball": ball, "plane": plane},
+        "likelihood": (MEAN, PRECISION),
+        "settings": TuneSettings(max_steps=12, audit=1, likelihood_weight=0.1, trade_off=1),
+        "optimum": lambda theta, nu: {"x": ravel(theta)},
+    }
+    whole = tune_toy(on_step=states.append, **options)
+    assert all(row["certified"] == 1 for row in whole.history if row["accepted"])
+    for state in states[:4]:
+        again = tune_toy(state=state, **options)
+        assert all(torch.equal(whole.theta[key], again.theta[key]) for key in whole.theta)
+        assert (whole.history, whole.notes) == (again.history, again.notes)
+        assert whole.freedom is not None
+        assert again.freedom is not None
+        assert whole.freedom.log_likelihood == again.freedom.log_likelihood
+        assert [point.real_return for point in whole.trade_off] == [point.real_return for point in again.trade_off]
+
+
 def test_a_search_that_ends_outside_a_limit_says_so() -> None:
     def never(nu: Params, data: Any) -> Margin:
         return Margin(-1 - nu["x"] @ nu["x"], {"x": -2 * nu["x"]}, torch.zeros(()), torch.zeros(()))

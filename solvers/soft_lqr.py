@@ -47,12 +47,17 @@ def soft_lqr(
     """The soft optimum, differentiable in A, B, Q and R; shapes as in `riccati`, costs Q and R are minimised.
 
     `temperature` lambda in units of the return, `noise_covariance` W `[n, n]` (None: 0) enters `offset` alone.
-    Raises `ValueError` for a temperature that is not positive or a discount outside (0, 1), and as `riccati` does.
+    Raises `ValueError` for a temperature that is not positive, a discount outside (0, 1) or a W of another shape, and
+    as `riccati` does.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite (units of the return), got {temperature}")
     if not 0 < discount < 1:
         raise ValueError(f"discount must lie in (0, 1), got {discount}")
+    if noise_covariance is not None and noise_covariance.shape[-2:] != A.shape[-2:]:
+        raise ValueError(
+            f"noise_covariance must be {tuple(A.shape[-2:])}, of the states, got {tuple(noise_covariance.shape)}"
+        )
     P, K = riccati(A, B, Q, R, discount)
     S = R + discount * B.mT @ P @ B
     S = 0.5 * (S + S.mT)

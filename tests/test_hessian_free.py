@@ -489,8 +489,15 @@ def test_soft_lqr_is_the_boltzmann_policy_of_its_own_values() -> None:
     torch.testing.assert_close(LAMBDA * log_pi, q - value(s), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"temperature": 0.0}, "temperature"), ({"discount": 1.0}, "discount")])
-def test_soft_lqr_refuses(options: dict[str, float], words: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"discount": 1.0}, "discount"),
+        ({"noise_covariance": torch.tensor(0.01)}, "noise_covariance must be"),
+    ],
+)
+def test_soft_lqr_refuses(options: dict[str, float | Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         soft_lqr(MODEL["A"], MODEL["B"], COST, PRICE, **({"discount": SIM, "temperature": LAMBDA} | options))
 

@@ -9,7 +9,8 @@ Where an `optimum` is given, it is run again at shifted theta (`audit.py`), and 
 without J these alone give the bound, with 95 % confidence. The certificate holds when the bound is within `tol` of
 |w|, nu is a maximum, J smooth there, and no audit contradicts: a gradient that is off by 5 % points at most 3 degrees
 away from the true one. Over-parameterised policies have no unique dnu*/dtheta; w, which is all that tuning uses, is
-what is certified. The error bound: sim2real reference note, section 4; Blondel et al., NeurIPS 2022, theorem 1.
+what is certified. A residual r in `A x = g` leaves the error `C' A^-1 r`, at most `|C| |r|` over the lowest curvature;
+for what a nu off the maximum adds: Blondel et al., NeurIPS 2022, theorem 1.
 """
 
 from __future__ import annotations
@@ -86,9 +87,13 @@ def certify(
         raise ValueError(f"need tol > 0, atol >= 0 and directions >= 0, got {tol}, {atol} and {count}")
     if not usable and (optimum is None or count == 0):
         raise ValueError("nothing to judge by: pass J with derivatives, or an optimum(theta, nu0) to run again")
-    check_same_keys(nu, cotangent, "the cotangent of certify")
+    _check_shapes(nu, cotangent, "the cotangent of certify")
+    if scale is not None:
+        _check_shapes(theta, scale, "scale")
+        if not all(bool((value >= 0).all()) for value in scale.values()):
+            raise ValueError("scale must hold numbers >= 0: how far each entry of theta may move")
     norm = _norm(theta, scale)
-    claim, refusal = _claim(sensitivity, cotangent)
+    claim, refusal = _claim(sensitivity, theta, cotangent)
     if claim is None:
         return Certificate(False, math.inf, math.inf, None, (refusal,), {"tolerance": tol})
     if not any(bool(value.any()) for value in cotangent.values()):
@@ -114,7 +119,6 @@ def certify(
 def _norm(theta: Params, scale: Params | None) -> Norm:
     if scale is None:
         return lambda w: float(dot(w, w)) ** 0.5
-    check_same_keys(theta, scale, "scale")
     units = {key: value.detach().double() for key, value in scale.items()}
 
     def scaled(w: Params) -> float:
@@ -124,16 +128,28 @@ def _norm(theta: Params, scale: Params | None) -> Norm:
     return scaled
 
 
-def _claim(sensitivity: Sensitivity, cotangent: Params) -> tuple[Params | None, str]:
+def _check_shapes(reference: Params, other: Params, what: str) -> None:
+    check_same_keys(reference, other, what)
+    for key, value in reference.items():
+        if other[key].shape != value.shape or other[key].is_complex():
+            got = f"{tuple(other[key].shape)}, {other[key].dtype}"
+            raise ValueError(f"{what} is {got} for '{key}', expected real numbers of shape {tuple(value.shape)}")
+
+
+def _claim(sensitivity: Sensitivity, theta: Params, cotangent: Params) -> tuple[Params | None, str]:
     """The product as the backend gives it, in float64, or why there is none."""
     if not all(bool(torch.isfinite(value).all()) for value in cotangent.values()):
         return None, "the cotangent is not finite: the gradient of the real return failed; mend it first"
+    largest = max((float(value.abs().max()) for value in cotangent.values() if value.numel()), default=0.0)
+    if largest > 0 and not 1e-100 < largest < 1e100:  # squares of it, and so norms, leave the range of float64
+        return None, f"the cotangent is of size {largest:.1e}, where norms underflow or overflow: rescale it"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnconvergedWarning)  # judged here, whatever the backend says of itself
             product = sensitivity.vjp(cotangent)
     except UnconvergedError as refused:
         return None, f"the backend refused: {refused}"
+    _check_shapes(theta, product, "the product of the backend")
     claim = {key: value.detach().double() for key, value in product.items()}
     bad = [key for key, value in claim.items() if not bool(torch.isfinite(value).all())]
     if bad:

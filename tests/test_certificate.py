@@ -256,6 +256,27 @@ def test_a_zero_cotangent_has_a_zero_product() -> None:
     assert not certify(quadratic, THETA, NU, claimed(TRUTH), zero).holds
 
 
+@pytest.mark.parametrize("size", [1e-180, 1e180])
+def test_a_cotangent_beyond_the_range_of_norms_is_refused(size: float) -> None:
+    wrong = {"t": 3 * size * TRUTH["t"]}  # its norm is 0 or infinite, and so would be the bound
+    certificate = certify(quadratic, THETA, NU, claimed(wrong), {"x": size * G["x"]})
+    assert not certificate.holds
+    assert "rescale" in certificate.reasons[0]
+
+
+def test_other_shapes_are_errors_and_are_never_broadcast() -> None:
+    for product in ({"t": TRUTH["t"][None]}, {"t": TRUTH["t"][:1]}, {"t": TRUTH["t"] + 1j}):
+        with pytest.raises(ValueError, match="product of the backend"):
+            certify(quadratic, THETA, NU, claimed(product), G)
+    with pytest.raises(KeyError, match="product of the backend"):
+        certify(quadratic, THETA, NU, claimed({}), G)
+    with pytest.raises(ValueError, match="cotangent of certify"):
+        certify(quadratic, THETA, NU, claimed(TRUTH), {"x": G["x"][None]})
+    for scale in ({"t": scalar(1.0)}, {"t": stack(1.0, -1.0, 1.0)}, {"t": stack(1.0, math.nan, 1.0)}):
+        with pytest.raises(ValueError, match="scale"):
+            certify(quadratic, THETA, NU, claimed(TRUTH), G, scale=scale)
+
+
 def test_bad_options_are_errors() -> None:
     good = claimed(TRUTH)
     for options in ({"tol": 0.0}, {"atol": -1.0}, {"directions": -1}):

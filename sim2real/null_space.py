@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from sim2real.params import Params, map_params, ravel, unravel
+from sim2real.safe_step import safe_step
 from sim2real.solve_report import Sensitivity, UnconvergedError
-from sim2real.trust_region import predicted_gain, trust_region_step
+from sim2real.trust_region import predicted_gain
 from sim2real.tune_state import Space, moved, room
 
 Output = Callable[[Params], Tensor]
@@ -130,33 +131,18 @@ def _pushed(
 def free_step(gradient: Tensor, curvature: Tensor, moving: Tensor, low: Tensor, high: Tensor, radius: float) -> Tensor:
     """argmax of `g'd - d'L d / 2` over `moving'd = 0`, `|d| <= radius`, `low <= d <= high`; all in x, `[d]`.
 
-    A variable that meets its bound on the way stays there for the rest of the step, and the sphere ends it: feasible,
-    not always optimal; the next step starts with all of them free again. Raises `ValueError` for what is not finite.
+    Raises `ValueError` for what is not finite.
     """
     if not bool(torch.isfinite(gradient).all() & torch.isfinite(curvature).all()):
         raise ValueError("the log-likelihood has a gradient or a curvature that is not finite")
-    step = torch.zeros_like(gradient)
-    held = ((low >= 0) & (gradient < 0)) | ((high <= 0) & (gradient > 0))
-    while True:
-        free = complement(torch.cat([moving, torch.eye(len(gradient), dtype=gradient.dtype)[:, held]], 1))
-        if not free.shape[1]:
-            return step
-        slope, far = free.T @ (gradient - curvature @ step), gradient.new_full((free.shape[1],), torch.inf)
-        part = free @ trust_region_step(slope, free.T @ curvature @ free, radius, -far, far)
-        limit = torch.where(part > 0, high - step, low - step) / part
-        limit = torch.where((part == 0) | held, torch.inf, limit)
-        nearest = float(limit.min())
-        reach = min(1.0, nearest, _to_sphere(step, part, radius))
-        step = (step + reach * part).clamp(low, high)
-        if nearest > reach:
-            return step
-        held = held | (limit <= reach)
-
-
-def _to_sphere(start: Tensor, along: Tensor, radius: float) -> float:
-    """The largest t with `|start + t along| <= radius`, start inside."""
-    a, b, c = float(along @ along), float(start @ along), float(start @ start) - radius**2
-    return (-b + max(b * b - a * c, 0.0) ** 0.5) / a if a > 0 else math.inf
+    free = complement(moving)
+    if not free.shape[1]:
+        return torch.zeros_like(gradient)
+    slopes, margins = torch.cat([free, -free]), torch.cat([-low, high])
+    near, far = torch.isfinite(margins), gradient.new_full((free.shape[1],), torch.inf)
+    along, bent = free.T @ gradient, free.T @ curvature @ free
+    found = safe_step(along, bent, radius, -far, far, margins[near], slopes[near])
+    return (free @ found.step).clamp(low, high)
 
 
 def complement(columns: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def independent(margins: list[Any], bounds: Any = None) -> np.ndarray:
     return found.x
 
 
-@pytest.mark.parametrize("limits", [{"ball": ball}, {"plane": plane}, {"ball": ball, "plane": plane}], ids=str)
+@pytest.mark.parametrize("limits", [{"ball": ball}, {"plane": plane}, {"ball": ball, "plane": plane}], ids="+".join)
 def test_the_constrained_optimum_is_scipys(limits: dict[str, Any]) -> None:
     result = tune_toy(constraints=limits)
     # scipy's constraint Jacobian by differences is good to 1e-8; the search stops within 1e-6 of the boundary

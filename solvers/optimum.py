@@ -4,10 +4,12 @@ The step maximises `g's + s'Hs/2` over `|s| <= radius` by truncated CG (Steihaug
 Nocedal and Wright, Numerical Optimization, 2nd ed., algorithms 7.2 and 4.1), which follows negative curvature to the
 boundary. A start where J curves the wrong way is first improved by L-BFGS (same book, algorithm 7.4).
 
-Stationary means `|grad_nu J| <= tol * lambda * max(1, |nu|)`, lambda the largest curvature of -J met: the error left
-in nu along that curvature is then at most tol relative to nu, whatever the units of J. A stationary point where -J
-still curves below `-sqrt(tol) * lambda` is a saddle: it is left along that direction (second-order stationarity as in
-Nesterov and Polyak, Math. Program. 108 (2006) 177).
+Stationary means `|grad_nu J| <= tol * lambda * max(1, |nu|)`, lambda the largest curvature of -J there: the error left
+in nu along that curvature is then at most tol relative to nu, whatever the units of J. Where a rollout diverges lambda
+is huge in a few directions and says little of the rest; the gain that Newton's step predicts must therefore also be at
+most `max(0.01 |J|, lambda (tol max(1, |nu|))^2)`. A stationary point where -J still curves below `-sqrt(tol) * lambda`
+is a saddle: it is left along that direction (second-order stationarity as in Nesterov and Polyak, Math. Program. 108
+(2006) 177).
 """
 
 from __future__ import annotations
@@ -99,17 +101,19 @@ def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_ste
         model = _model(point, radius, min(0.1, (size / first) ** 0.5) if first > 0 else 0.1)
         largest = max(largest, model.largest)
         if size <= tol * largest * max(1.0, float(point.x.norm())):
-            point = _polish(cost, point)
-            ends = _spectrum(point)
-            largest = max(largest, ends.largest, -ends.lowest)
-            if ends.lowest >= -(tol**0.5) * largest:
-                return point, _report(point, ends, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
-            status = f"at a saddle after the allowed {max_steps} steps"
-            trial = min(
-                (_evaluate(cost, point.x + s * radius * ends.direction["x"]) for s in (1, -1)), key=_cost_or_inf
-            )
-            point, radius = (trial, radius) if trial.cost < point.cost else (point, 0.25 * radius)
-            continue
+            polished = _polish(cost, point)
+            ends = _spectrum(polished)
+            largest = max(ends.largest, -ends.lowest)  # here: on the way it may have been larger by powers of ten
+            if _stationary(polished, largest, tol):
+                point = polished
+                if ends.lowest >= -(tol**0.5) * largest:
+                    return point, _report(point, ends, steps, largest > 0, "stationary" if largest > 0 else "J is flat")
+                status = f"at a saddle after the allowed {max_steps} steps"
+                trial = min(
+                    (_evaluate(cost, point.x + s * radius * ends.direction["x"]) for s in (1, -1)), key=_cost_or_inf
+                )
+                point, radius = (trial, radius) if trial.cost < point.cost else (point, 0.25 * radius)
+                continue
         status = f"not stationary after the allowed {max_steps} steps"
         if steps == max_steps:
             break
@@ -128,6 +132,13 @@ def _newton(cost: Callable[[Tensor], Tensor], point: _Point, tol: float, max_ste
         if rounding or fall > 1e-4 * model.fall:
             point = trial
     return point, _report(point, _spectrum(point), steps, False, status)
+
+
+def _stationary(point: _Point, largest: float, tol: float) -> bool:
+    reach = max(1.0, float(point.x.norm()))
+    if not float(point.gradient.norm()) <= tol * largest * reach:
+        return False
+    return _model(point, reach, 1e-3).fall <= max(0.01 * abs(point.cost), largest * (tol * reach) ** 2)
 
 
 def _cost_or_inf(point: _Point) -> float:

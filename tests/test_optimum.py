@@ -87,6 +87,28 @@ def test_a_step_over_a_cliff_is_not_taken_for_rounding() -> None:
     assert float(found.nu["x"]) == pytest.approx(2 + math.log(2.5e-5) / 40, rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("horizon", "start", "tol"),
+    [(20, (30.0, 30.0), 1e-10), (20, (-30.0, 50.0), 1e-10), (60, (-5.0, -3.0), 1e-6), (60, (30.0, 30.0), 1e-6)],
+)
+def test_a_diverging_rollout_is_not_taken_for_a_maximum(horizon: int, start: tuple[float, float], tol: float) -> None:
+    """-J curves by up to 1e70 at the start and by 1e13 in a valley on the way: gradients are small beside that."""
+    A, B = torch.stack([vector(1.0, 0.1), vector(0.0, 1.0)]), torch.stack([vector(0.0), vector(0.1)])
+
+    def J(theta: Params, nu: Params) -> Tensor:
+        s, cost = torch.eye(2, dtype=torch.float64), vector(0.0)[0]
+        for t in range(horizon):
+            a = -s @ nu["x"].reshape(2, 1)
+            cost = cost + 0.99**t * ((s * s).sum() + 0.1 * (a * a).sum())
+            s = s @ A.mT + a @ B.mT
+        return -cost
+
+    found = policy_optimum(J, {}, {"x": vector(*start)}, tol=tol)
+    best = policy_optimum(J, {}, {"x": vector(2.0, 3.5)}).nu["x"]
+    assert found.report.converged
+    torch.testing.assert_close(found.nu["x"], best, rtol=0, atol=1e-6)
+
+
 def test_unbounded_flat_and_unfinished_problems_do_not_converge() -> None:
     linear = policy_optimum(lambda theta, nu: nu["x"].sum(), {}, {"x": vector(0.0, 0.0)}, max_steps=5)
     assert not linear.report.converged

@@ -176,18 +176,18 @@ def mpc_policy(
 
 def _responses(A: Tensor, B: Tensor, x0: Tensor, c: Tensor | None, horizon: int) -> tuple[Tensor, Tensor]:
     """f `[..., N n]` and G `[..., N n, N m]` of `(s_1, ..., s_N) = f + G (a_0, ..., a_{N-1})`."""
-    m = B.shape[-1]
-    state, row = x0, pad(B, (0, (horizon - 1) * m))
-    states, rows = [], [row]
-    for k in range(horizon):
-        state = (state.unsqueeze(-2) @ A.mT).squeeze(-2)
-        state = state if c is None else state + c
-        states.append(state)
-        if k > 0:
-            row = A @ row + pad(B, (k * m, (horizon - 1 - k) * m))
-            rows.append(row)
-    rows = list(torch.broadcast_tensors(*rows))
-    return torch.cat(list(torch.broadcast_tensors(*states)), -1), torch.cat(rows, -2)
+    powers = A.unsqueeze(-3)  # A, A^2, ..., A^N, by doubling
+    while (count := powers.shape[-3]) < horizon:
+        powers = torch.cat([powers, powers[..., : horizon - count, :, :] @ powers[..., -1:, :, :]], -3)
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A).unsqueeze(-3)
+    earlier = torch.cat([one, powers[..., :-1, :, :]], -3)
+    free = (x0.unsqueeze(-2) @ powers.flatten(-3, -2).mT).squeeze(-2)
+    if c is not None:
+        free = free + (c.unsqueeze(-2) @ earlier.cumsum(-3).flatten(-3, -2).mT).squeeze(-2)
+    steps = torch.arange(horizon, device=A.device)
+    lag = (steps.unsqueeze(1) - steps + 1).clamp(min=0)  # 0: an action that is still to come
+    blocks = pad(earlier @ B.unsqueeze(-3), (0, 0, 0, 0, 1, 0)).index_select(-3, lag.flatten())
+    return free, blocks.unflatten(-3, (horizon, horizon)).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
 def _program(

@@ -82,7 +82,7 @@ def test_generalised_lyapunov_equals_its_series() -> None:
 
 
 def test_radius_of_the_double_integrator_at_full_noise_is_the_published_one() -> None:
-    """Reference note, benchmark A: at sigma 1 the gain that ignores the noise has the discounted radius 1.055."""
+    """A figure measured elsewhere: at sigma 1 the gain that ignores the noise has the discounted radius 1.055."""
     A = torch.tensor([[1.0, 0.2], [0.0, 1.0]], dtype=torch.float64)
     B = torch.tensor([[0.0], [0.3]], dtype=torch.float64)
     Q = torch.diag(torch.tensor([1.0, 0.1], dtype=torch.float64))

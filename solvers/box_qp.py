@@ -155,10 +155,16 @@ class _BoxQP(torch.autograd.Function):
 
 def _free_solve(H: Tensor, active: Tensor, v: Tensor) -> Tensor:
     """w with `w_F = H_FF^-1 v_F`, `w_A = 0`."""
-    free = (active == 0).to(H.dtype)
-    reduced = free.unsqueeze(-1) * H * free.unsqueeze(-2) + torch.diag_embed(1 - free)
+    free, zero = active == 0, torch.zeros_like(v)
     # not linalg.solve, whose derivatives are wrong in nested forward mode: pytorch/pytorch issue 192540
-    return free * torch.cholesky_solve((free * v).unsqueeze(-1), torch.linalg.cholesky(reduced)).squeeze(-1)
+    factor = torch.linalg.cholesky(_reduced(H, free))
+    return torch.cholesky_solve(v.where(free, zero).unsqueeze(-1), factor).squeeze(-1).where(free, zero)
+
+
+def _reduced(H: Tensor, free: Tensor) -> Tensor:
+    """H of the free variables, the identity for the others."""
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    return torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), H, eye)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -229,7 +235,7 @@ def _start(H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> Tensor:
     y = last = torch.zeros_like(g).clamp(low, high)
     for k in range(SWEEPS):
         ahead = torch.lerp(last, y, 1 + k / (k + 3))
-        y, last = _slope(contraction, offset, ahead).clamp(low, high), y
+        y, last = _slope(contraction, offset, ahead).clamp_(low, high), y
     return y
 
 
@@ -304,8 +310,6 @@ def _newton_step(H: Tensor, g: Tensor, low: Tensor, high: Tensor, y: Tensor) -> 
 
 def _direction(H: Tensor, slope: Tensor, held: Tensor, gradient_step: float = 1.0) -> Tensor:
     """Newton on the free variables; a held one takes the given share of the plain gradient step."""
-    free = (~held).to(H.dtype)
-    reduced = free.unsqueeze(-1) * H * free.unsqueeze(-2)
-    reduced.diagonal(dim1=-2, dim2=-1).add_(1 - free)
-    rhs = slope * (free + gradient_step * (1 - free))
+    reduced = _reduced(H, ~held)
+    rhs = torch.where(held, gradient_step * slope, slope)
     return -torch.cholesky_solve(rhs.unsqueeze(-1), torch.linalg.cholesky_ex(reduced).L).squeeze(-1)

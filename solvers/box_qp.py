@@ -126,11 +126,13 @@ class _BoxQP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         H, x, active = saved(ctx)
-        w = _free_solve(H, active, grad)
-        pulled = grad - _apply(H, w)
+        w = -_free_solve(H, active, grad)
+        curvature = w.unsqueeze(-1) * x.unsqueeze(-2) if ctx.needs_input_grad[1] else None
+        if not any(ctx.needs_input_grad[3:]):
+            return None, curvature, w, None, None
+        pulled = grad + _apply(H, w)
         zero = torch.zeros_like(pulled)
-        at_low, at_high = pulled.where(active < 0, zero), pulled.where(active > 0, zero)
-        return None, -w.unsqueeze(-1) * x.unsqueeze(-2), -w, at_low, at_high
+        return None, curvature, w, pulled.where(active < 0, zero), pulled.where(active > 0, zero)
 
     @staticmethod
     @forward_rule

@@ -91,10 +91,8 @@ def auto_sensitivity(
     `objective(theta, nu)`: the in-sim return that nu maximises (None: `expected_return` on `noise`);
     `derivative_order`: of the model behind it (None: `mdp.derivative_order`). `features` and `behaviour` as in
     `model_critic`, `actions [A, m]` and `temperature` (reward units, for "soft") as in `soft_sensitivity`, `tolerance`
-    as in `critic_gauss_newton`. In `tune`:
-
-        sensitivity=lambda J, theta, nu, **options: auto_sensitivity(
-            mdp, policy, theta, nu, noise, objective=J, **options)
+    as in `critic_gauss_newton`. `tune(sensitivity="auto")` calls it with `objective`, `cotangent` and
+    `derivative_order`; a function of (J, theta, nu) binds more.
 
     `fallback` names the route to take when none is right. Its `report.converged` then asks for an estimated error of
     vjp(cotangent) below its size, so that it points uphill at least; `report.error_bound` is that estimate, the

@@ -73,7 +73,7 @@ def certify(
 ) -> Certificate:
     """Certify `sensitivity.vjp(cotangent)` at the in-sim optimum nu of `J(theta, .)`.
 
-    It holds when the error is bounded by `max(tol |w|, atol)`, |w| the norm of `scale w` (scale: how far each entry of
+    It holds when the error is bounded by `max(tol |w|, atol)`, `|w|` the norm of `scale w` (scale: how far each part of
     theta may move, ones when None). `J` None (a layer, or a trainer whose objective is unknown) leaves the audit alone.
     `optimum(theta, nu0) -> nu*` is what the audit runs again, 4 `directions` + 1 times; `directions` None: 3 where an
     optimum is given, else 0. `step`: see `audit`. `derivative_order`: of the model behind J; 0 leaves the audit alone.

@@ -115,6 +115,7 @@ def logged_policy_gradient(
 
 
 def check_options(real_discount: float, weights: str, method: str, ridge: float, groups: int) -> None:
+    """Raise `ValueError` naming the first option of a logged gradient that is out of range."""
     if not 0 < real_discount <= 1:
         raise ValueError(f"real_discount must be in (0, 1], got {real_discount}")
     if weights not in ("ratio", "discounted"):

@@ -64,6 +64,7 @@ def gradients(J: Objective, theta: Params, nu: Params, *, create_graph: bool = F
 
 
 def local_products(J: Objective, theta: Params, nu: Params, order: Literal[1, 2]) -> LocalProducts:
+    """Exact products (order 2), or central differences of gradients (order 1), at (theta, nu)."""
     if order == 1:
         _, gradient = gradients(J, theta, nu)
         both = lambda x: by_differences(J, theta, nu, x, DIFFERENCE)
@@ -85,6 +86,7 @@ def local_products(J: Objective, theta: Params, nu: Params, order: Literal[1, 2]
 
 
 def leaves(params: Params) -> Params:
+    """Copies without history that collect gradients."""
     return {key: value.detach().requires_grad_() for key, value in params.items()}
 
 

@@ -120,6 +120,7 @@ def qp(
 
 
 def check_on_failure(on_failure: OnFailure) -> None:
+    """Raise `ValueError` for anything but "raise" and "nan"."""
     if on_failure not in ("raise", "nan"):
         raise ValueError(f"on_failure (of an MPC: on_infeasible) must be 'raise' or 'nan', got {on_failure!r}")
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sim2real.function_rules import forward_rule, primals, saved
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
-from sim2real.solvers.function_rules import forward_rule, primals, saved
 
 
 @dataclass(frozen=True)

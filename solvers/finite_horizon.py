@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sim2real.solvers.function_rules import forward_rule
+from sim2real.function_rules import forward_rule
 from sim2real.solvers.riccati import as_channels, bellman, gain, input_curvature
 
 PerStep = Tensor | Sequence[Tensor]

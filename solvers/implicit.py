@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from sim2real.function_rules import forward_rule, primals, pushforward, saved
 from sim2real.params import Params, axpy, check_same_keys, ravel
 from sim2real.solve_report import LinearSolution, UnconvergedError, UnconvergedWarning
-from sim2real.solvers.function_rules import forward_rule, primals, pushforward, saved
 from sim2real.solvers.linear import Matvec, Solve, cg, dense
 
 Residual = Callable[[Params, Params], Params]

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
+from sim2real.function_rules import pushforward
 from sim2real.params import Params, axpy, check_same_keys, dot, ravel, unravel
 from sim2real.solve_report import UnconvergedError
-from sim2real.solvers.function_rules import pushforward
 from sim2real.solvers.implicit import Layer, Solver, implicit_argmax
 from sim2real.solvers.least_squares import least_squares
 from sim2real.solvers.linear import Matvec, Solve, dense

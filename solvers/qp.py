@@ -27,9 +27,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sim2real.function_rules import forward_rule, primals, saved
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
 from sim2real.solvers.convex import InfeasibleError
-from sim2real.solvers.function_rules import forward_rule, primals, saved
 from sim2real.solvers.interior_point import Program, apply, take_rows
 from sim2real.solvers.qp_solve import INFEASIBLE, SOLVED, UNBOUNDED, UNCONVERGED, Found, solve_programs
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sim2real.solvers.function_rules import forward_rule, primals
+from sim2real.function_rules import forward_rule, primals
 
 
 class UnstableError(ValueError):

@@ -26,10 +26,11 @@ from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow
 from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
-from sim2real.mdp import ModelMDP, Noise, sample_noise
+from sim2real.mdp import ClosedLoop, ModelMDP, Noise, sample_noise
 from sim2real.null_space import Freedom
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
 from sim2real.policy import (
+    Layers,
     Policy,
     boltzmann_policy,
     deterministic_policy,
@@ -63,6 +64,7 @@ __all__ = [
     "Box",
     "Calibration",
     "CalibrationSettings",
+    "ClosedLoop",
     "Comparison",
     "Constraint",
     "Estimate",
@@ -76,6 +78,7 @@ __all__ = [
     "Jackknife",
     "LinearSolution",
     "Linearization",
+    "Layers",
     "LogError",
     "Margin",
     "ModelMDP",

@@ -15,7 +15,31 @@ from torch import Tensor
 
 from sim2real.bounds import Box
 from sim2real.params import Params
-from sim2real.policy import Policy
+from sim2real.policy import Layers, Policy
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Randomness of B rollouts over T steps: `initial [B, k0]`, `process [B, T, k]`, `policy [B, T, noise_dim]`."""
+
+    initial: Tensor
+    process: Tensor
+    policy: Tensor
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """An engine's own rollout of a policy that says its layers, for exactly these functions of the model.
+
+    `rollout` takes it where the model still has this step and terminal; rewards are its own where the model still has
+    this reward.
+    """
+
+    run: Callable[[Params, Params, Layers, Tensor, Noise], tuple[Tensor, Tensor, Tensor, Tensor] | None]
+    """theta, nu, layers, s0, noise -> s `[B, T+1, n]`, a `[B, T, m]`, r `[B, T]`, mask `[B, T]`; None: cannot"""
+    step: Callable[[Params, Tensor, Tensor, Tensor], Tensor]
+    reward: Callable[[Params, Tensor, Tensor, Tensor, Tensor], Tensor]
+    terminal: Callable[[Params, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,8 @@ class ModelMDP:
     """theta, s, a, s' -> log density of s' `[B]`"""
     open_loop: Callable[[Params, Tensor, Tensor, Tensor], Tensor] | None = None
     """theta, s0, a `[B, T, m]`, e `[B, T, k]` -> s `[B, T+1, n]`, an engine-fused rollout"""
+    closed_loop: ClosedLoop | None = None
+    """an engine-fused rollout of a linear or layered policy"""
     derivative_order: Literal[0, 1, 2] = 2
     """what `step` can truly give: 0 black box, 1 first order, 2 second order"""
     exogenous_dim: int = 0
@@ -53,15 +79,6 @@ class ModelMDP:
     units: dict[str, str] = field(default_factory=dict)
     box: Box = field(default_factory=Box)
     """theta's names, bounds, units and design values"""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Randomness of B rollouts over T steps: `initial [B, k0]`, `process [B, T, k]`, `policy [B, T, noise_dim]`."""
-
-    initial: Tensor
-    process: Tensor
-    policy: Tensor
 
 
 def sample_noise(

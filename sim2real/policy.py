@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,36 @@ from torch.func import functional_call
 
 from sim2real.params import Params
 
+Act = Callable[[Params, Tensor, Tensor], Tensor]
+Activation = Literal["identity", "tanh", "relu", "sigmoid", "silu", "elu", "softplus"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a policy computes, said so that an engine can do it: `h_0 = s`, `h_i = f_i(W_i h_{i-1} + b_i)`.
+
+    The last h is the mean of the action, to which `std * e` is added. Of a policy whose `act` is not this `act` (it was
+    replaced) they say nothing.
+    """
+
+    weights: Callable[[Params], tuple[tuple[Tensor, Tensor | None], ...]]
+    """nu -> per layer W `[out, in]` and b `[out]` or None, both with a leading axis where they are per environment"""
+    activations: tuple[Activation, ...]
+    """f_i per layer"""
+    std: float | Literal["head"]
+    """in action units; "head": the last h is the mean and, after it, the log of the standard deviation"""
+    act: Act
+
 
 @dataclass(frozen=True)
 class Policy:
     """`act`: nu, s `[B, n]`, e `[B, noise_dim]` -> a `[B, m]`; `log_prob`: nu, s, a -> `[B]`."""
 
-    act: Callable[[Params, Tensor, Tensor], Tensor]
+    act: Act
     log_prob: Callable[[Params, Tensor, Tensor], Tensor]
     noise_dim: int
+    layers: Layers | None = None
+    """of a linear or layered policy, for engines that evaluate it themselves; None: only `act` knows"""
 
 
 def _no_density(nu: Params, state: Tensor, action: Tensor) -> Tensor:
@@ -52,13 +75,16 @@ def linear_policy(action_dim: int, *, std: float = 0.0) -> Policy:
         action = -(nu["gain"] @ state.unsqueeze(-1)).squeeze(-1)
         return action + nu["offset"] if "offset" in nu else action
 
-    return _fixed_std(mean, std, action_dim)
+    policy = _fixed_std(mean, std, action_dim)
+    weights = lambda nu: ((-nu["gain"], nu.get("offset")),)
+    return replace(policy, layers=Layers(weights, ("identity",), std, policy.act))
 
 
 def module_policy(module: nn.Module, *, std: float = 0.0) -> Policy:
     """`a = module(s) + std * e` with `nu = dict(module.named_parameters())`; std (action units) 0: deterministic."""
     mean = lambda nu, state: functional_call(module, nu, (state,))
-    return _fixed_std(mean, std, _output_width(module) if std else 0)
+    policy = _fixed_std(mean, std, _output_width(module) if std else 0)
+    return replace(policy, layers=_layers(module, std, policy.act))
 
 
 def _fixed_std(mean: Callable[[Params, Tensor], Tensor], std: float, action_dim: int) -> Policy:
@@ -94,7 +120,7 @@ def gaussian_policy(module: nn.Module) -> Policy:
     def log_prob(nu: Params, state: Tensor, action: Tensor) -> Tensor:
         return _gaussian_log_prob(action, *split(nu, state))
 
-    return Policy(act, log_prob, noise_dim=width // 2)
+    return Policy(act, log_prob, noise_dim=width // 2, layers=_layers(module, "head", act))
 
 
 def _output_width(module: nn.Module) -> int:
@@ -102,6 +128,56 @@ def _output_width(module: nn.Module) -> int:
     if not linear:
         raise ValueError("cannot tell the action dimension: the module has no nn.Linear layer")
     return linear[-1].out_features
+
+
+def _layers(module: nn.Module, std: float | Literal["head"], act: Act) -> Layers | None:
+    """The layers of an `nn.Linear` or of an `nn.Sequential` of them and activations; None for any other module."""
+    chain = _chain(module, "")
+    names: list[str] = []
+    activations: list[Activation] = []
+    for name, part in chain or ():
+        plain = not part._forward_hooks and not part._forward_pre_hooks
+        if type(part) is nn.Linear and plain:
+            names.append(name)
+            activations.append("identity")
+        elif names and activations[-1] == "identity" and plain and (known := _activation(part)) is not None:
+            activations[-1] = known
+        else:
+            return None
+    linear = [id(part) for _, part in chain or () if type(part) is nn.Linear]
+    if not names or len(set(linear)) < len(linear):  # the parameters of a repeated part go by one of its names only
+        return None
+
+    def weights(nu: Params) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        given = {**dict(module.named_parameters()), **nu}  # functional_call leaves the others as they are
+        return tuple((given[f"{name}weight"], given.get(f"{name}bias")) for name in names)
+
+    return Layers(weights, tuple(activations), std, act)
+
+
+def _chain(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]] | None:
+    """The parts applied one after the other, with the prefixes of their parameters' names."""
+    if type(module) is not nn.Sequential:
+        return [(prefix, module)]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    parts = [_chain(part, f"{prefix}{name}.") for name, part in module._modules.items()]
+    return None if any(part is None for part in parts) else [item for part in parts for item in part or ()]
+
+
+def _activation(part: nn.Module) -> Activation | None:
+    plain: dict[type[nn.Module], Activation] = {
+        nn.Identity: "identity",
+        nn.Tanh: "tanh",
+        nn.ReLU: "relu",
+        nn.Sigmoid: "sigmoid",
+        nn.SiLU: "silu",
+    }
+    if isinstance(part, nn.ELU) and part.alpha == 1.0:
+        return "elu"
+    if isinstance(part, nn.Softplus) and (part.beta, part.threshold) == (1.0, 20.0):
+        return "softplus"
+    return plain.get(type(part))
 
 
 def boltzmann_policy(q_values: Callable[[Params, Tensor], Tensor], temperature: float) -> Policy:

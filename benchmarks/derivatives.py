@@ -26,9 +26,12 @@ from sim2real.simulators import (
     building_rc,
     cartpole,
     double_pendulum,
+    dynamic_bicycle,
+    kinematic_bicycle,
     linear_gaussian,
     multiplicative_noise_lqr,
     pendulum,
+    planar_quadrotor,
 )
 
 RTOL = 1e-6
@@ -74,6 +77,10 @@ def simulator_cases() -> dict[str, Case]:
     model = linear_gaussian(A, B, noise_covariance=W)
     cases["linear Gaussian"] = _case(model, 1.0, {"noise_scale": 0.7})
     cases["multiplicative noise"] = _case(multiplicative_noise_lqr(A, B, 0.5, noise_covariance=W), 1.0)
+    cases["planar quadrotor"] = _case(planar_quadrotor(initial_std=0.3), 0.5)
+    road = {"steering_offset": 0.02, "drag": 0.1}
+    cases["kinematic bicycle"] = _case(kinematic_bicycle(initial_std=0.3), 1.0, road)
+    cases["dynamic bicycle"] = _case(dynamic_bicycle(initial_std=0.3), 1.0, road | {"curvature": -0.5})
     cases["battery"] = _case(battery(), 0.2, {"mean": 0.02})
     return cases
 

@@ -3,6 +3,7 @@
 from sim2real.estimators.action_sensitivity import action_sensitivity
 from sim2real.estimators.audit import Audit, audit
 from sim2real.estimators.auto_sensitivity import auto_sensitivity
+from sim2real.estimators.boltzmann_tables import boltzmann_tables_gradient
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
@@ -35,6 +36,7 @@ from sim2real.estimators.score_function import score_function_gradient
 from sim2real.estimators.score_sensitivity import score_sensitivity
 from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
+from sim2real.estimators.stackelberg_tables import seen_leader_tables, stackelberg_tables_gradient, unseen_leader_tables
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "action_sensitivity",
     "audit",
     "auto_sensitivity",
+    "boltzmann_tables_gradient",
     "certify",
     "certify_estimate",
     "critic_gauss_newton",
@@ -79,9 +82,12 @@ __all__ = [
     "sampled_modified_reward",
     "score_function_gradient",
     "score_sensitivity",
+    "seen_leader_tables",
     "soft_action_value",
     "soft_consistency",
     "soft_return",
     "soft_sensitivity",
+    "stackelberg_tables_gradient",
     "transitions",
+    "unseen_leader_tables",
 ]

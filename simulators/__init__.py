@@ -12,12 +12,22 @@ from sim2real.simulators.battery import (
 from sim2real.simulators.bench_rig import BenchRig, RigTrajectory, logged_rows, rig_rollout
 from sim2real.simulators.bicycle import dynamic_bicycle, kinematic_bicycle
 from sim2real.simulators.building_rc import building_rc
+from sim2real.simulators.building_thermal import (
+    ThermalBuilding,
+    building_thermal,
+    four_zones,
+    ring_building,
+    thermal_matrix,
+)
 from sim2real.simulators.cartpole import cartpole, cartpole_energy
 from sim2real.simulators.cstr import cstr
+from sim2real.simulators.discrete_game import discrete_game, discrete_game_tables
 from sim2real.simulators.double_pendulum import base_parameters, double_pendulum, double_pendulum_energy
 from sim2real.simulators.evaporation import evaporation, evaporation_cost
+from sim2real.simulators.four_rooms import four_rooms, four_rooms_penalties, four_rooms_tables, four_rooms_transition
 from sim2real.simulators.integrate import Integrator, integrate_first_order, integrate_second_order
 from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
+from sim2real.simulators.lqr_game import LQRGame, lqr_game, lqr_game_data, lqr_game_leader
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
 from sim2real.simulators.quadrotor import planar_quadrotor, quadrotor, quadrotor_energy
 
@@ -25,20 +35,30 @@ __all__ = [
     "BatteryTables",
     "BenchRig",
     "Integrator",
+    "LQRGame",
     "RigTrajectory",
+    "ThermalBuilding",
     "base_parameters",
     "battery",
     "battery_tables",
     "building_rc",
+    "building_thermal",
     "cartpole",
     "cartpole_energy",
     "cstr",
+    "discrete_game",
+    "discrete_game_tables",
     "double_pendulum",
     "double_pendulum_energy",
     "drift_load",
     "dynamic_bicycle",
     "evaporation",
     "evaporation_cost",
+    "four_rooms",
+    "four_rooms_penalties",
+    "four_rooms_tables",
+    "four_rooms_transition",
+    "four_zones",
     "gaussian_load",
     "integrate_first_order",
     "integrate_second_order",
@@ -46,6 +66,9 @@ __all__ = [
     "linear_gaussian",
     "load_transition",
     "logged_rows",
+    "lqr_game",
+    "lqr_game_data",
+    "lqr_game_leader",
     "mixed_load",
     "multiplicative_noise_lqr",
     "pendulum",
@@ -54,4 +77,6 @@ __all__ = [
     "quadrotor",
     "quadrotor_energy",
     "rig_rollout",
+    "ring_building",
+    "thermal_matrix",
 ]

@@ -32,7 +32,9 @@ from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 from sim2real.solvers.smooth_qp import smooth_qp
+from sim2real.solvers.soft_follower import SoftFollower, soft_q_learning, soft_value_iteration
 from sim2real.solvers.soft_lqr import SoftLQR, linear_noise_policy, soft_lqr
+from sim2real.solvers.soft_lqr_game import ObservedSoftLQR, observed_soft_lqr
 from sim2real.solvers.spectrum import Spectrum, spectrum
 
 __all__ = [
@@ -46,8 +48,10 @@ __all__ = [
     "Minimum",
     "NystromSketch",
     "Objective",
+    "ObservedSoftLQR",
     "QPSolution",
     "QuadraticModel",
+    "SoftFollower",
     "SoftLQR",
     "Spectrum",
     "UnstableError",
@@ -76,6 +80,7 @@ __all__ = [
     "neumann",
     "nystrom_cg",
     "nystrom_sketch",
+    "observed_soft_lqr",
     "optimal_actions",
     "optimal_values",
     "policy_optimum",
@@ -88,6 +93,8 @@ __all__ = [
     "root_vjp",
     "smooth_qp",
     "soft_lqr",
+    "soft_q_learning",
+    "soft_value_iteration",
     "spectrum",
     "state_transition",
     "state_values",

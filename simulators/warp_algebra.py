@@ -1,0 +1,472 @@
+"""Vectors, matrices and quaternions of a kernel, as scalars: every operation of Warp's language that the translator knows.
+
+Quaternions are (x, y, z, w) as in Warp; `quat_rotate(q, v) = v (2 w^2 - 1) + 2 w (q x v) + 2 q (q . v)`, matrices are written row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sim2real.simulators.warp_graph import (
+    Node,
+    apply,
+    as_node,
+    both,
+    either,
+    equal,
+    is_truth,
+    less,
+    less_equal,
+    negation,
+    power,
+    select,
+    truth,
+)
+
+Real = Node | float | int | bool
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A Warp vector; `fields` names its components (the parameters)."""
+
+    items: tuple[Real, ...]
+    fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    rows: tuple[tuple[Real, ...], ...]
+
+
+@dataclass(frozen=True)
+class Quaternion:
+    items: tuple[Real, ...]  # x, y, z, w
+
+
+Value = Real | Vector | Matrix | Quaternion | tuple[Any, ...]
+
+
+class Mismatch(TypeError):
+    """Values that do not fit an operation; the reader adds where it stands."""
+
+
+def describe(value: object) -> str:
+    """What a value is, for messages."""
+    if isinstance(value, Vector):
+        return f"a vector of length {len(value.items)}"
+    if isinstance(value, Matrix):
+        return f"a {len(value.rows)}x{len(value.rows[0])} matrix"
+    if isinstance(value, Quaternion):
+        return "a quaternion"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)} values"
+    if isinstance(value, Node):
+        return "a condition" if _is_condition(value) else "a number"
+    return f"the constant {value!r}" if isinstance(value, bool | int | float) else repr(value)
+
+
+def _is_condition(value: object) -> bool:
+    return isinstance(value, Node) and is_truth(value)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Node) and not _is_condition(value))
+
+
+def parts(value: Value) -> tuple[Real, ...]:
+    """All scalars of a value, in order."""
+    if isinstance(value, Vector | Quaternion):
+        return value.items
+    if isinstance(value, Matrix):
+        return tuple(item for row in value.rows for item in row)
+    if isinstance(value, tuple):
+        return tuple(item for entry in value for item in parts(entry))
+    return (value,)
+
+
+def like(value: Value, items: Sequence[Real]) -> Value:
+    """`items` in the form of `value`."""
+    if isinstance(value, Vector):
+        return Vector(tuple(items))
+    if isinstance(value, Quaternion):
+        return Quaternion(tuple(items))
+    if isinstance(value, Matrix):
+        width = len(value.rows[0])
+        return Matrix(tuple(tuple(items[k : k + width]) for k in range(0, len(items), width)))
+    if isinstance(value, tuple):
+        entries, start = [], 0
+        for entry in value:
+            entries.append(like(entry, items[start : start + len(parts(entry))]))
+            start += len(parts(entry))
+        return tuple(entries)
+    return items[0]
+
+
+def same_form(a: Value, b: Value) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(same_form(x, y) for x, y in zip(a, b, strict=True))
+    if is_number(a) or is_number(b):
+        return is_number(a) and is_number(b)
+    if isinstance(a, Matrix) and isinstance(b, Matrix):
+        return len(a.rows) == len(b.rows) and len(a.rows[0]) == len(b.rows[0])
+    return type(a) is type(b) and len(parts(a)) == len(parts(b))
+
+
+def choose(condition: Node, a: Value, b: Value) -> Value:
+    """`a` where the condition holds, else `b`, component by component."""
+    if not same_form(a, b):
+        raise Mismatch(f"one branch gives {describe(a)}, the other {describe(b)}")
+    chosen = [
+        x if isinstance(x, int | float) and isinstance(y, int | float) and x == y else select(condition, x, y)
+        for x, y in zip(parts(a), parts(b), strict=True)
+    ]
+    return like(a, chosen)
+
+
+def _numbers(operation: str, *values: Value) -> None:
+    for value in values:
+        if not is_number(value):
+            raise Mismatch(f"{operation} needs numbers, got {describe(value)}")
+
+
+def add(a: Value, b: Value, sign: int = 1) -> Value:
+    if not same_form(a, b) or isinstance(a, tuple) or _is_condition(a):
+        raise Mismatch(f"{'+' if sign > 0 else '-'} of {describe(a)} and {describe(b)}")
+    return like(a, [x + y if sign > 0 else x - y for x, y in zip(parts(a), parts(b), strict=True)])
+
+
+def subtract(a: Value, b: Value) -> Value:
+    return add(a, b, -1)
+
+
+def negate(a: Value) -> Value:
+    if isinstance(a, tuple) or _is_condition(a):
+        raise Mismatch(f"- of {describe(a)}")
+    return like(a, [-x for x in parts(a)])
+
+
+def multiply(a: Value, b: Value) -> Value:
+    if is_number(a) and not isinstance(b, tuple):
+        return like(b, [a * x for x in parts(b)])
+    if is_number(b) and not isinstance(a, tuple):
+        return like(a, [x * b for x in parts(a)])
+    if isinstance(a, Quaternion) and isinstance(b, Quaternion):
+        return _hamilton(a, b)
+    if isinstance(a, Matrix) and isinstance(b, Vector) and len(a.rows[0]) == len(b.items):
+        return Vector(tuple(_sum(x * y for x, y in zip(row, b.items, strict=True)) for row in a.rows))
+    if isinstance(a, Vector) and isinstance(b, Matrix) and len(a.items) == len(b.rows):
+        return multiply(transpose(b), a)
+    if isinstance(a, Matrix) and isinstance(b, Matrix) and len(a.rows[0]) == len(b.rows):
+        columns = transpose(b).rows
+        return Matrix(tuple(tuple(_sum(x * y for x, y in zip(r, c, strict=True)) for c in columns) for r in a.rows))
+    raise Mismatch(f"* of {describe(a)} and {describe(b)}; component by component is wp.cw_mul")
+
+
+def divide(a: Value, b: Value) -> Value:
+    if not is_number(b) or isinstance(a, tuple) or _is_condition(a):
+        raise Mismatch(f"/ of {describe(a)} and {describe(b)}; component by component is wp.cw_div")
+    return like(a, [x / b for x in parts(a)])
+
+
+def raise_to(a: Value, b: Value) -> Value:
+    _numbers("a power", a, b)
+    return a**b if isinstance(a, int | float) and isinstance(b, int | float) else power(a, b)
+
+
+def _sum(terms: Any) -> Real:
+    result: Real = 0.0
+    for term in terms:
+        result = result + term
+    return result
+
+
+def _hamilton(a: Quaternion, b: Quaternion) -> Quaternion:
+    (x, y, z, w), (p, q, r, s) = a.items, b.items
+    return Quaternion(
+        (
+            w * p + s * x + y * r - z * q,
+            w * q + s * y + z * p - x * r,
+            w * r + s * z + x * q - y * p,
+            w * s - x * p - y * q - z * r,
+        )
+    )
+
+
+def _vectors(name: str, *values: Value) -> None:
+    lengths = {len(value.items) if isinstance(value, Vector | Quaternion) else None for value in values}
+    if None in lengths or len(lengths) > 1:
+        raise Mismatch(f"wp.{name} of {' and '.join(describe(value) for value in values)}")
+
+
+def dot(a: Value, b: Value) -> Real:
+    _vectors("dot", a, b)
+    return _sum(x * y for x, y in zip(parts(a), parts(b), strict=True))
+
+
+def cross(a: Vector, b: Vector) -> Vector:
+    _vectors("cross", a, b)
+    if len(a.items) != 3:
+        raise Mismatch(f"wp.cross of {describe(a)} and {describe(b)}")
+    (x, y, z), (p, q, r) = a.items, b.items
+    return Vector((y * r - z * q, z * p - x * r, x * q - y * p))
+
+
+def length(a: Value) -> Real:
+    _vectors("length", a)
+    return apply("norm", dot(a, a))
+
+
+def normalize(a: Value) -> Value:
+    size = as_node(length(a))
+    rest = (0.0, 0.0, 0.0, 1.0) if isinstance(a, Quaternion) else (0.0,) * len(parts(a))
+    return like(a, [select(less(0.0, size), x / size, zero) for x, zero in zip(parts(a), rest, strict=True)])
+
+
+def outer(a: Vector, b: Vector) -> Matrix:
+    if not (isinstance(a, Vector) and isinstance(b, Vector)):
+        raise Mismatch(f"wp.outer of {describe(a)} and {describe(b)}")
+    return Matrix(tuple(tuple(x * y for y in b.items) for x in a.items))
+
+
+def transpose(a: Matrix) -> Matrix:
+    if not isinstance(a, Matrix):
+        raise Mismatch(f"wp.transpose of {describe(a)}")
+    return Matrix(tuple(zip(*a.rows, strict=True)))
+
+
+def _square(name: str, a: Matrix) -> None:
+    if not isinstance(a, Matrix) or len(a.rows) != len(a.rows[0]) or len(a.rows) > 4:
+        raise Mismatch(f"wp.{name} needs a square matrix up to 4x4, got {describe(a)}")
+
+
+def determinant(a: Matrix) -> Real:
+    _square("determinant", a)
+    return _laplace(a.rows)
+
+
+def _minor(rows: Sequence[Sequence[Real]], i: int, j: int) -> list[list[Real]]:
+    return [[x for k, x in enumerate(row) if k != j] for m, row in enumerate(rows) if m != i]
+
+
+def _laplace(rows: Sequence[Sequence[Real]]) -> Real:
+    if len(rows) == 1:
+        return rows[0][0]
+    return _sum((-1.0) ** j * x * _laplace(_minor(rows, 0, j)) for j, x in enumerate(rows[0]))
+
+
+def inverse(a: Matrix) -> Matrix:
+    """By cofactors; where the determinant is 0 it is infinite or nan (Warp's own returns zeros there)."""
+    _square("inverse", a)
+    size, scale = len(a.rows), 1.0 / as_node(determinant(a))
+    if size == 1:
+        return Matrix(((scale,),))
+    return Matrix(
+        tuple(
+            tuple((-1.0) ** (i + j) * _laplace(_minor(a.rows, j, i)) * scale for j in range(size)) for i in range(size)
+        )
+    )
+
+
+def trace(a: Matrix) -> Real:
+    _square("trace", a)
+    return _sum(a.rows[k][k] for k in range(len(a.rows)))
+
+
+def _quaternion(name: str, q: Value) -> tuple[Vector, Real]:
+    if not isinstance(q, Quaternion):
+        raise Mismatch(f"wp.{name} needs a quaternion, got {describe(q)}")
+    return Vector(q.items[:3]), q.items[3]
+
+
+def quat_rotate(q: Quaternion, v: Vector) -> Value:
+    axis, w = _quaternion("quat_rotate", q)
+    return _turned(axis, w, cross(axis, v), v)
+
+
+def quat_rotate_inv(q: Quaternion, v: Vector) -> Value:
+    axis, w = _quaternion("quat_rotate_inv", q)
+    return _turned(axis, w, cross(v, axis), v)
+
+
+def _turned(axis: Vector, w: Real, twist: Vector, v: Vector) -> Value:
+    straight = multiply(2.0 * w * w - 1.0, v)
+    return add(add(straight, multiply(2.0 * w, twist)), multiply(2.0 * dot(axis, v), axis))
+
+
+def quat_inverse(q: Quaternion) -> Quaternion:
+    axis, w = _quaternion("quat_inverse", q)
+    return Quaternion((*(-x for x in axis.items), w))
+
+
+def quat_from_axis_angle(axis: Vector, angle: Real) -> Quaternion:
+    _numbers("wp.quat_from_axis_angle", angle)
+    half = angle * 0.5
+    sine = apply("sin", half)
+    return Quaternion((*(x * sine for x in axis.items), apply("cos", half)))
+
+
+def quat_to_matrix(q: Quaternion) -> Matrix:
+    _quaternion("quat_to_matrix", q)
+    columns = [quat_rotate(q, Vector(tuple(float(i == j) for j in range(3)))) for i in range(3)]
+    return transpose(Matrix(tuple(parts(column) for column in columns)))
+
+
+def componentwise(operation: Callable[[Any, Any], Any], name: str) -> Callable[[Value, Value], Value]:
+    def each(a: Value, b: Value) -> Value:
+        if not same_form(a, b) or not isinstance(a, Vector | Matrix):
+            raise Mismatch(f"wp.{name} of {describe(a)} and {describe(b)}")
+        return like(a, [operation(x, y) for x, y in zip(parts(a), parts(b), strict=True)])
+
+    return each
+
+
+def _scalar(name: str) -> Callable[..., Value]:
+    def call(*values: Value) -> Value:
+        _numbers(f"wp.{name}", *values)
+        return apply(name, *values)
+
+    return call
+
+
+def _extremum(name: str) -> Callable[..., Value]:
+    def call(*values: Value) -> Value:
+        if len(values) == 1 and isinstance(values[0], Vector):
+            values = values[0].items
+        result = values[0]
+        for value in values[1:]:
+            if isinstance(result, Vector):
+                result = componentwise(lambda x, y: apply(name, x, y), name)(result, value)
+            else:
+                _numbers(f"wp.{name}", result, value)
+                result = apply(name, result, value)
+        return result
+
+    return call
+
+
+def _absolute(a: Value) -> Value:
+    if isinstance(a, Vector):
+        return like(a, [apply("abs", x) for x in a.items])
+    _numbers("wp.abs", a)
+    return apply("abs", a)
+
+
+def _clamp(x: Real, low: Real, high: Real) -> Value:
+    _numbers("wp.clamp", x, low, high)
+    return apply("min", apply("max", x, low), high)
+
+
+def _sign(x: Real) -> Value:
+    _numbers("wp.sign", x)
+    return select(less(x, 0.0), -1.0, 1.0)  # as in Warp, sign(0) = 1
+
+
+def _where(condition: Value, a: Value, b: Value) -> Value:
+    if isinstance(condition, bool):
+        return a if condition else b
+    if not _is_condition(condition):
+        raise Mismatch(f"wp.where needs a condition such as x > 0.0, got {describe(condition)}")
+    return choose(condition, a, b)
+
+
+def _lerp(a: Value, b: Value, t: Real) -> Value:
+    return add(multiply(a, 1.0 - t), multiply(b, t))
+
+
+def _identity(size: int) -> Matrix:
+    return Matrix(tuple(tuple(float(i == j) for j in range(size)) for i in range(size)))
+
+
+def _diagonal(a: Vector) -> Matrix:
+    return Matrix(tuple(tuple(x if i == j else 0.0 for j in range(len(a.items))) for i, x in enumerate(a.items)))
+
+
+def _from_rows(*rows: Vector) -> Matrix:
+    _vectors("matrix_from_rows", *rows)
+    return Matrix(tuple(row.items for row in rows))
+
+
+def compare(operation: str, a: Value, b: Value) -> Node | bool:
+    """`a < b` and its kin, of numbers."""
+    _numbers(f"the comparison {operation}", a, b)
+    table: dict[str, Callable[[], Node]] = {
+        "<": lambda: less(a, b),
+        "<=": lambda: less_equal(a, b),
+        ">": lambda: less(b, a),
+        ">=": lambda: less_equal(b, a),
+        "==": lambda: equal(a, b),
+        "!=": lambda: negation(equal(a, b)),
+    }
+    return known(table[operation]())
+
+
+def known(condition: Node) -> Node | bool:
+    """A condition that does not depend on any input as a plain bool."""
+    return bool(condition.value) if condition.operation == "truth" else condition
+
+
+def combine(word: str, values: Sequence[Value]) -> Node | bool:
+    """`and`, `or`, `not` of conditions."""
+    nodes = [truth(value) if isinstance(value, bool) else value for value in values]
+    for node in nodes:
+        if not _is_condition(node):
+            raise Mismatch(f"'{word}' needs conditions such as x > 0.0, got {describe(node)}")
+    if word == "not":
+        return known(negation(nodes[0]))
+    result = nodes[0]
+    for node in nodes[1:]:
+        result = both(result, node) if word == "and" else either(result, node)
+    return known(result)
+
+
+FUNCTIONS: dict[str, Callable[..., Value]] = {
+    **{
+        name: _scalar(name)
+        for name in (
+            *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
+            *("exp", "log", "sqrt", "floor", "ceil"),
+        )
+    },
+    "abs": _absolute,
+    "min": _extremum("min"),
+    "max": _extremum("max"),
+    "clamp": _clamp,
+    "sign": _sign,
+    "pow": raise_to,
+    "log2": lambda x: _scalar("log")(x) * (1.0 / math.log(2.0)),
+    "log10": lambda x: _scalar("log")(x) * (1.0 / math.log(10.0)),
+    "degrees": lambda x: multiply(x, 180.0 / math.pi),
+    "radians": lambda x: multiply(x, math.pi / 180.0),
+    "where": _where,
+    "lerp": _lerp,
+    "dot": dot,
+    "cross": cross,
+    "length": length,
+    "length_sq": lambda a: dot(a, a),
+    "normalize": normalize,
+    "outer": outer,
+    "transpose": transpose,
+    "determinant": determinant,
+    "inverse": inverse,
+    "trace": trace,
+    "cw_mul": componentwise(lambda x, y: x * y, "cw_mul"),
+    "cw_div": componentwise(lambda x, y: x / y, "cw_div"),
+    "diag": _diagonal,
+    "matrix_from_rows": _from_rows,
+    "matrix_from_cols": lambda *columns: transpose(_from_rows(*columns)),
+    "quat_identity": lambda: Quaternion((0.0, 0.0, 0.0, 1.0)),
+    "quat_rotate": quat_rotate,
+    "quat_rotate_inv": quat_rotate_inv,
+    "quat_inverse": quat_inverse,
+    "quat_from_axis_angle": quat_from_axis_angle,
+    "quat_to_matrix": quat_to_matrix,
+    "add": add,
+    "sub": subtract,
+    "mul": multiply,
+    "div": divide,
+    "neg": negate,
+}

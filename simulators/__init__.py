@@ -26,6 +26,9 @@ from sim2real.simulators.double_pendulum import base_parameters, double_pendulum
 from sim2real.simulators.evaporation import evaporation, evaporation_cost
 from sim2real.simulators.four_rooms import four_rooms, four_rooms_penalties, four_rooms_tables, four_rooms_transition
 from sim2real.simulators.integrate import Integrator, integrate_first_order, integrate_second_order
+from sim2real.simulators.inventory import one_store, serial_line
+from sim2real.simulators.inventory_network import Routes, inventory_network
+from sim2real.simulators.joint_replenishment import OrderTerms, joint_replenishment
 from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_noise_lqr
 from sim2real.simulators.lqr_game import LQRGame, lqr_game, lqr_game_data, lqr_game_leader
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
@@ -36,7 +39,9 @@ __all__ = [
     "BenchRig",
     "Integrator",
     "LQRGame",
+    "OrderTerms",
     "RigTrajectory",
+    "Routes",
     "ThermalBuilding",
     "base_parameters",
     "battery",
@@ -62,6 +67,8 @@ __all__ = [
     "gaussian_load",
     "integrate_first_order",
     "integrate_second_order",
+    "inventory_network",
+    "joint_replenishment",
     "kinematic_bicycle",
     "linear_gaussian",
     "load_transition",
@@ -71,6 +78,7 @@ __all__ = [
     "lqr_game_leader",
     "mixed_load",
     "multiplicative_noise_lqr",
+    "one_store",
     "pendulum",
     "pendulum_energy",
     "planar_quadrotor",
@@ -78,5 +86,6 @@ __all__ = [
     "quadrotor_energy",
     "rig_rollout",
     "ring_building",
+    "serial_line",
     "thermal_matrix",
 ]

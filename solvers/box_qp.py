@@ -262,9 +262,9 @@ def _active_sets(program: Program, ahead: Tensor, options: _Options) -> tuple[Te
         residual, slope, _ = _residual(*part, guess)
         done = residual <= options.tol
         y = y.index_copy(0, todo[done], guess[done])
+        if bool(done.all()):
+            return y, todo[:0]
         todo, ahead, part = todo[~done], (guess - slope)[~done], _rows(part, ~done)
-        if not len(todo):
-            break
     return y, todo
 
 

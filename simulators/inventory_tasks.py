@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sim2real.bounds import default_params
+from sim2real.inventory_policies import StoreTraits
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params
 from sim2real.policy import Policy
 from sim2real.simulators.inventory import one_store, serial_line
-from sim2real.simulators.inventory_network import Routes, inventory_network
+from sim2real.simulators.inventory_network import Routes, inventory_network, layout_of
 from sim2real.simulators.joint_replenishment import OrderTerms, joint_replenishment
 
 SEEDS = {
@@ -99,6 +100,18 @@ def mean_cost(task: InventoryTask, policy: Policy, nu: Params, noise: Noise, *, 
             total -= task.mdp.reward(theta, state, action, e, following).double()
         state = following
     return total / ((periods - ignore) * len(task.mean))
+
+
+def store_traits(task: InventoryTask) -> StoreTraits:
+    """What a symmetry-aware policy needs to know of a network: costs, variation and lead times of each store."""
+    if task.routes is None:
+        raise ValueError("only a network has store traits; this task has no routes")
+    theta, times = task.theta, torch.tensor(task.routes.lead_times, dtype=torch.float64)
+    columns = [theta["holding"], theta["underage"] / 10, task.std / task.mean, *(times / 4)]
+    layout = layout_of(task.routes)
+    return StoreTraits(
+        task.mean, torch.stack(columns, -1), layout.store_width, layout.warehouses, layout.warehouse_width
+    )
 
 
 def one_store_task(lead_time: int, underage: float, *, lost: bool = False) -> InventoryTask:

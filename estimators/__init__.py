@@ -1,10 +1,22 @@
 """Estimators: gradients of returns and sensitivities of policies."""
 
 from sim2real.estimators.action_sensitivity import action_sensitivity
+from sim2real.estimators.all_action import all_action_gradient
 from sim2real.estimators.audit import Audit, audit
 from sim2real.estimators.auto_sensitivity import auto_sensitivity
+from sim2real.estimators.baselines import (
+    Advantage,
+    critic_baseline,
+    input_baseline,
+    no_baseline,
+    quadratic_states,
+    square_states,
+    state_baseline,
+    time_baseline,
+)
 from sim2real.estimators.boltzmann_tables import boltzmann_tables_gradient
 from sim2real.estimators.certificate import Certificate, certify
+from sim2real.estimators.counterfactual import counterfactual_gradient
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
 from sim2real.estimators.equivalence import (
@@ -23,6 +35,7 @@ from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
+from sim2real.estimators.mixed import CrossTerm, mixed_gradient
 from sim2real.estimators.model_critic import ModelCritic, model_critic
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
@@ -37,14 +50,17 @@ from sim2real.estimators.score_sensitivity import score_sensitivity
 from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
 from sim2real.estimators.stackelberg_tables import seen_leader_tables, stackelberg_tables_gradient, unseen_leader_tables
+from sim2real.estimators.straight_through import straight_through_gradient
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
 
 __all__ = [
+    "Advantage",
     "Audit",
     "Certificate",
     "Condition",
     "Critic",
     "CriticError",
+    "CrossTerm",
     "EquivalenceError",
     "EquivalenceGap",
     "LinearQuadratic",
@@ -53,29 +69,36 @@ __all__ = [
     "TabularMDP",
     "Transitions",
     "action_sensitivity",
+    "all_action_gradient",
     "audit",
     "auto_sensitivity",
     "boltzmann_tables_gradient",
     "certify",
     "certify_estimate",
+    "counterfactual_gradient",
+    "critic_baseline",
     "critic_gauss_newton",
     "equivalence_gap",
     "explicit_sensitivity",
     "finite_difference_gradient",
     "function_space_sensitivity",
     "hessian_free_gradient",
+    "input_baseline",
     "least_squares_critic",
     "logged_policy_gradient",
     "lqr_equivalence_gap",
     "lqr_modified_reward",
     "lqr_sensitivity",
     "merge_transitions",
+    "mixed_gradient",
     "model_critic",
     "modified_reward",
+    "no_baseline",
     "pathwise_gradient",
     "pointwise_sensitivity",
     "policy_sensitivity",
     "quadratic_features",
+    "quadratic_states",
     "rollout_q_values",
     "sampled_conditions",
     "sampled_equivalence_gap",
@@ -87,7 +110,11 @@ __all__ = [
     "soft_consistency",
     "soft_return",
     "soft_sensitivity",
+    "square_states",
     "stackelberg_tables_gradient",
+    "state_baseline",
+    "straight_through_gradient",
+    "time_baseline",
     "transitions",
     "unseen_leader_tables",
 ]

@@ -1,13 +1,13 @@
-"""Score-function gradient of the in-sim return, causal, with a baseline per step.
+"""Score-function gradient of the in-sim return, causal, with a baseline.
 
 Only the densities of what is drawn are differentiated, never the simulator's step:
 
     grad_nu J    = E sum_t (G_t - b_t) grad_nu log pi(a_t | s_t),
     grad_theta J = E sum_t [ (G_t - b_t) grad_theta log rho(s_{t+1} | s_t, a_t) + discount^t grad_theta r_t ],
 
-`G_t = sum_{k >= t} discount^k r_k`, b_t the mean of G_t over the other rollouts, which leaves the mean unchanged
-(Williams, Machine Learning 8 (1992) 229; Baxter and Bartlett, JAIR 15 (2001) 319; Kool et al. 2019 for b_t). Where the
-first state depends on theta, s_0 keeps its derivative in the three densities it enters.
+`G_t = sum_{k >= t} discount^k r_k`; b_t, of `baselines`, leaves the mean unchanged (Williams, Machine Learning 8 (1992)
+229; Baxter and Bartlett, JAIR 15 (2001) 319). Where the first state depends on theta, s_0 keeps its derivative in the
+three densities it enters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sim2real.estimators.baselines import Advantage, alive, reward_to_go, time_baseline
 from sim2real.estimators.pathwise import check_finite, check_wrt, grouped_gradient
 from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Estimate, Params, ravel
@@ -32,10 +33,12 @@ def score_function_gradient(
     noise: Noise,
     *,
     wrt: Literal["nu", "theta"] = "nu",
+    advantage: Advantage = time_baseline,
     groups: int = 0,
 ) -> Estimate:
     """Gradient of `expected_return` with respect to nu or theta, over two rollouts or more; black-box models too.
 
+    `advantage`: a function of `sim2real.estimators.baselines`, by default the mean of the other rollouts at each step.
     info: "value_stderr"; with `groups >= 2` also "stderr" `[P]` of the raveled gradient, from the spread over so many
     groups of rollouts. Raises `ValueError` when the policy (nu) or the model (theta) has no log_prob, there are fewer
     than two rollouts, the return or its gradient is not finite, or `wrt` or `groups` is out of range.
@@ -43,7 +46,7 @@ def score_function_gradient(
     check_wrt(wrt)
     with torch.no_grad():
         drawn = rollout(mdp, policy, theta, nu, noise)
-    weights, rewards = _advantages(drawn, mdp.discount)
+    weights = advantage(drawn, noise, mdp.discount)
     leaves = {key: value.detach().requires_grad_() for key, value in (nu if wrt == "nu" else theta).items()}
     with torch.enable_grad():
         if wrt == "nu":
@@ -51,23 +54,10 @@ def score_function_gradient(
         else:
             surrogate = _model_surrogate(mdp, policy, leaves, nu, noise, drawn, weights)
     grad, info = grouped_gradient(surrogate, leaves, groups)
-    returns = rewards.sum(1)
+    returns = reward_to_go(drawn, mdp.discount)[:, 0]
     check_finite(returns.mean(), ravel(grad), wrt)
     info["value_stderr"] = returns.std() / len(returns) ** 0.5
     return Estimate(returns.mean(), grad, info)
-
-
-def _advantages(drawn: Rollout, discount: float) -> tuple[Tensor, Tensor]:
-    """`G_t - b_t` `[B, T]`, zero where masked, and `discount^t r_t`."""
-    batch, horizon = drawn.rewards.shape
-    if batch < 2:
-        raise ValueError(f"the baseline needs at least two rollouts, got {batch}")
-    steps = torch.arange(horizon, dtype=drawn.rewards.dtype, device=drawn.rewards.device)
-    rewards = drawn.rewards * discount**steps
-    to_go = rewards.flip(1).cumsum(1).flip(1)
-    others = (to_go.sum(0) - to_go) / (batch - 1)
-    alive = torch.ones_like(rewards) if drawn.mask is None else drawn.mask.to(rewards.dtype)
-    return (to_go - others) * alive, rewards
 
 
 def _policy_surrogate(policy: Policy, nu: Params, drawn: Rollout, weights: Tensor) -> Tensor:
@@ -82,7 +72,7 @@ def _model_surrogate(
 ) -> Tensor:
     if mdp.log_prob is None:
         raise ValueError("the model declares no log_prob; use pathwise_gradient, or give the model a density")
-    alive = torch.ones_like(weights) if drawn.mask is None else drawn.mask.to(weights.dtype)
+    real = alive(drawn)
     first = mdp.initial_state(theta, noise.initial)
     total = torch.zeros_like(weights[:, 0])
     if first.requires_grad:
@@ -91,5 +81,5 @@ def _model_surrogate(
         state = first if t == 0 else drawn.states[:, t]
         action, following = drawn.actions[:, t], drawn.states[:, t + 1]
         total = total + weights[:, t] * mdp.log_prob(theta, state, action, following)
-        total = total + alive[:, t] * mdp.discount**t * mdp.reward(theta, state, action, e, following)
+        total = total + real[:, t] * mdp.discount**t * mdp.reward(theta, state, action, e, following)
     return total

@@ -45,7 +45,7 @@ from sim2real.simulators.warp_algebra import (
 )
 from sim2real.simulators.warp_dual import adjoints, tangents
 from sim2real.simulators.warp_graph import Node, as_node, is_truth, variable
-from sim2real.simulators.warp_source import native_function, unstacked
+from sim2real.simulators.warp_native import native_function, unstacked
 
 _UNROLLED = 4096  # iterations of all loops of one function together; longer code takes minutes to compile
 
@@ -672,6 +672,9 @@ class Translated:
     precision: torch.dtype
     primal: Any
     dual: Any
+    inputs: tuple[tuple[Node, ...], ...]  # the graph's inputs: the components of each argument,
+    moves: tuple[tuple[Node, ...], ...]  # those of their tangents,
+    value: tuple[Node, ...]  # and its result
 
 
 def translate(
@@ -685,7 +688,7 @@ def translate(
     values, inputs, moves = [], [], []
     for argument in arguments:
         size = 1 if argument.length is None else argument.length
-        inputs.append([_input(argument, f"in_{argument.name}", k) for k in range(size)])
+        inputs.append([_input(argument, f"x_{argument.name}", k) for k in range(size)])
         moves.append([_input(argument, f"d_{argument.name}", k) for k in range(size)] if argument.active else [])
         items = tuple(inputs[-1])
         values.append(items[0] if argument.length is None else Vector(items, argument.fields or ()))
@@ -696,7 +699,7 @@ def translate(
     length = len(result.items) if isinstance(result, Vector) else None
     primal = [as_node(item) for item in parts(result)]
     dual = tangents(primal, {x: d for xs, ds in zip(inputs, moves, strict=True) for x, d in zip(xs, ds, strict=False)})
-    plain = [(f"in_{argument.name}", argument.length) for argument in arguments]
+    plain = tuple((f"x_{argument.name}", argument.length) for argument in arguments)
     width = 1 if length is None else length
     reply = [variable("adj_ret" if length is None else f"adj_ret[{k}]") for k in range(width)]
     both = [variable(f"adj_ret[{k}]") for k in range(2 * width)]
@@ -710,19 +713,23 @@ def translate(
     rows = [xs for _, _, xs in paired]
     stacked = native_function(
         f"{label}_stacked",
-        [(name, size) for name, size, _ in paired],
+        tuple((name, size) for name, size, _ in paired),
         2 * width,
         [*primal, *dual],
         _grouped(adjoints([*primal, *dual], both, sum(rows, [])), rows),
         precision,
     )
+    signature = tuple((name, size) for name, size, _ in paired)
     return Translated(
         label,
         arguments,
         length,
         precision,
         primal_function,
-        unstacked(stacked, f"{label}_dual", tuple((name, size) for name, size, _ in paired), length, precision),
+        unstacked(stacked, f"{label}_dual", signature, length, precision),
+        tuple(tuple(xs) for xs in inputs),
+        tuple(tuple(ds) for ds in moves),
+        tuple(primal),
     )
 
 

@@ -1,166 +1,163 @@
-"""Arithmetic graphs as Warp functions: one native snippet per function, with an adjoint snippet written from the same graph.
+"""Arithmetic graphs as C++: statements on numbers, or on short vectors of them that the CPU computes together.
 
-A snippet is C++ that compiles for CPU and CUDA alike. Constants are written with all digits of the model's precision. The functions
-are known to Warp by a digest of their graph: the same function translated twice, or in another process, is the same code, so
-Warp's kernel cache stays warm.
+`V` is the type of every real value: one number on a GPU, several environments side by side on a CPU. Constants carry
+all digits of the precision. Sine and cosine of one argument are computed together; on vectors by polynomials after a
+reduction to [-pi/4, pi/4], with the C library for large arguments.
+Reference: Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 8; coefficients of fdlibm
+(float64) and Cephes (float32).
 """
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 import math
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-import warp as wp
 
-from sim2real.simulators.warp_graph import Node, in_order
+from sim2real.simulators.warp_graph import TRUTHS, Node, in_order
 
-_TYPES = {torch.float32: (wp.float32, "float"), torch.float64: (wp.float64, "double")}
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "==", "and": "&&", "or": "||"}
-_CALLS = {"norm": "sqrt"}
+CTYPES = {torch.float32: "float", torch.float64: "double"}
+LANES = {torch.float32: 16, torch.float64: 8}  # one cache line of environments
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "==", "and": "&", "or": "|"}
+_LONGEST = 80  # characters of an expression before it gets a name
+_ELEMENTWISE = {
+    "sqrt": "sqrt",
+    "norm": "sqrt",
+    "abs": "abs",
+    "floor": "floor",
+    "ceil": "ceil",
+    "min": "min",
+    "max": "max",
+}
+
+_SINCOS = {
+    torch.float32: """
+    const V k = __builtin_elementwise_rint(x * 0.636619772f);
+    const V r = ((x - k * 1.5703125f) - k * 4.837512969970703125e-4f) - k * 7.54978995489188216e-8f;
+    const I q = __builtin_convertvector(k, I);
+    const V z = r * r;
+    const V a = r + r * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - 1.9515295891e-4f * z));
+    const V b = 1.0f - 0.5f * z
+        + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + 2.443315711809948e-5f * z));
+""",
+    torch.float64: """
+    const V k = __builtin_elementwise_rint(x * 0.63661977236758134308);
+    const V r = (x - k * 1.57079632673412561417) - k * 6.07710050650619224932e-11;
+    const I q = __builtin_convertvector(k, I);
+    const V z = r * r;
+    const V a = r + r * z * (-1.66666666666666324348e-01 + z * (8.33333333332248946124e-03
+        + z * (-1.98412698298579493134e-04 + z * (2.75573137070700676789e-06
+        + z * (-2.50507602534068634195e-08 + z * 1.58969099521155010221e-10)))));
+    const V h = 0.5 * z;
+    const V w = 1.0 - h;
+    const V b = w + (((1.0 - w) - h) + z * z * (4.16666666666666019037e-02 + z * (-1.38888888888741095749e-03
+        + z * (2.48015872894767294178e-05 + z * (-2.75573143513906633035e-07
+        + z * (2.08757232129817482790e-09 + z * -1.13596475577881948265e-11))))));
+""",
+}
+_LARGE = {torch.float32: "8192.0f", torch.float64: "1.0e6"}  # beyond, the reduction loses digits
 
 
-def scalar_type(precision: torch.dtype) -> Any:
-    """The Warp scalar of a precision, `wp.float32` or `wp.float64`."""
-    if precision not in _TYPES:
-        raise ValueError(f"precision must be torch.float32 or torch.float64, got {precision}")
-    return _TYPES[precision][0]
-
-
-def vector_type(length: int | None, precision: torch.dtype) -> Any:
-    """The Warp type of an argument: a vector, or a scalar for None. Length 0 becomes a vector of one unused component."""
-    scalar = scalar_type(precision)
-    return scalar if length is None else wp.types.vector(length=max(length, 1), dtype=scalar)
-
-
-def statements(outputs: Sequence[Node], precision: torch.dtype) -> tuple[str, list[str]]:
-    """C++ statements that compute the outputs, and the expression of each output."""
-    ctype = _TYPES[precision][1]
+def statements(outputs: Sequence[Node], precision: torch.dtype) -> tuple[list[str], list[str]]:
+    """C++ statements that compute the outputs, and the expression of each; a value used once stands where it is used."""
+    order = in_order(outputs)
+    uses: dict[Node, int] = {}
+    for node in (*outputs, *(argument for node in order for argument in node.arguments)):
+        uses[node] = uses.get(node, 0) + 1
+    together = {node.arguments[0] for node in order if node.operation == "sin"}
+    together &= {node.arguments[0] for node in order if node.operation == "cos"}
+    pairs: dict[Node, tuple[str, str]] = {}
     names: dict[Node, str] = {}
-    lines = []
-    for node in in_order(outputs):
-        if node.operation == "input":
-            names[node] = node.name
-        elif node.operation == "constant":
-            names[node] = literal(node.value, precision)
+    lines: list[str] = []
+    for node in order:
+        if node.operation in ("sin", "cos") and node.arguments[0] in together:
+            argument = node.arguments[0]
+            if argument not in pairs:
+                pairs[argument] = f"s{len(lines)}", f"c{len(lines)}"
+                sine, cosine = pairs[argument]
+                lines.append(f"V {sine}, {cosine}; f_sincos({names[argument]}, {sine}, {cosine});")
+            names[node] = pairs[argument][node.operation == "cos"]
+            continue
+        text = _expression(node, names, precision)
+        if node.operation in ("input", "constant") or (uses[node] == 1 and len(text) < _LONGEST):
+            names[node] = text
         else:
             names[node] = f"v{len(lines)}"
-            kind = "bool" if node.operation in {"lt", "le", "eq", "and", "or", "not", "truth"} else ctype
-            lines.append(f"const {kind} {names[node]} = {_expression(node, names)};")
-    return "\n".join(lines), [names[node] for node in outputs]
+            lines.append(f"const {'B' if node.operation in TRUTHS else 'V'} {names[node]} = {text};")
+    return lines, [names[node] for node in outputs]
 
 
-def _expression(node: Node, names: dict[Node, str]) -> str:
+def _expression(node: Node, names: dict[Node, str], precision: torch.dtype) -> str:
     values = [names[argument] for argument in node.arguments]
+    if node.operation == "input":
+        return node.name
+    if node.operation == "constant":
+        return f"V({literal(node.value, precision)})"
     if node.operation in _INFIX:
-        return f"{values[0]} {_INFIX[node.operation]} {values[1]}"
+        return f"({values[0]} {_INFIX[node.operation]} {values[1]})"
     if node.operation == "neg":
-        return f"-{values[0]}" if not values[0].startswith("-") else f"-({values[0]})"
+        return f"(-{values[0]})"
     if node.operation == "not":
-        return f"!{values[0]}"
-    if node.operation == "truth":
-        return "true" if node.value else "false"
+        return f"({values[0]} == 0)"
     if node.operation == "select":
-        return f"{values[0]} ? {values[1]} : {values[2]}"
-    return f"wp::{_CALLS.get(node.operation, node.operation)}({', '.join(values)})"
+        return f"({values[0]} ? {values[1]} : {values[2]})"
+    return f"f_{node.operation}({', '.join(values)})"
 
 
 def literal(value: float, precision: torch.dtype) -> str:
     """A C++ literal that reads back as the same number."""
-    ctype = _TYPES[precision][1]
-    if math.isnan(value):
-        return f"{ctype}(NAN)"
-    if math.isinf(value):
-        return f"{ctype}({'-' if value < 0 else ''}INFINITY)"
+    if math.isnan(value) or math.isinf(value):
+        return {True: "NAN", False: "INFINITY" if value > 0 else "-INFINITY"}[math.isnan(value)]
     if precision == torch.float32:
-        value = float(torch.tensor(value, dtype=torch.float32))
-        return f"({value!r}f)" if value < 0 else f"{value!r}f"
-    return f"({value!r})" if value < 0 else repr(value)
+        return f"{float(torch.tensor(value, dtype=torch.float32))!r}f"
+    return repr(value)
 
 
-def native_function(
-    name: str,
-    arguments: Sequence[tuple[str, int | None]],
-    result: int | None,
-    value: Sequence[Node],
-    adjoint: Sequence[Sequence[Node]],
-    precision: torch.dtype,
-) -> Any:
-    """A Warp function of the named arguments (vectors, or scalars for None) whose components are `value`.
-
-    `adjoint` holds, for each argument, what its adjoint gains, as graphs of the arguments and of `adj_ret`.
-    """
-    ctype = _TYPES[precision][1]
-    body, outputs = statements(value, precision)
-    if result is None:
-        snippet = f"{body}\nreturn {outputs[0]};\n"
-    else:
-        stores = "".join(f"\nresult[{index}] = {output};" for index, output in enumerate(outputs))
-        snippet = f"{body}\nwp::vec_t<{result}, {ctype}> result;{stores}\nreturn result;\n"
-    gains = [gain for row in adjoint for gain in row]
-    reverse, amounts = statements(gains, precision)
-    targets = [
-        f"adj_{argument}" if length is None else f"adj_{argument}[{index}]"
-        for (argument, length), row in zip(arguments, adjoint, strict=True)
-        for index in range(len(row))
-    ]
-    reverse += "".join(
-        f"\n{target} += {amount};"
-        for target, amount, gain in zip(targets, amounts, gains, strict=True)
-        if not (gain.operation == "constant" and gain.value == 0.0)
+def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> str:
+    """Types `T`, `V`, `B` and the functions `f_...` that the statements of these outputs use; one lane is plain numbers."""
+    operations = {node.operation for node in in_order(outputs)} - TRUTHS - _INFIX.keys()
+    operations -= {"input", "constant", "neg", "select"}
+    called = sorted(
+        operations | ({"sincos"} if operations & {"sin", "cos"} else set()), key=lambda name: (name != "sincos", name)
     )
-    return _native(name, tuple(arguments), result, snippet, reverse + "\n", precision)
+    ctype = CTYPES[precision]
+    plain = "".join(_plain(name) for name in called)
+    if lanes == 1:
+        return f"using T = {ctype}; using V = T; using B = bool; constexpr int W = 1;\n{plain}"
+    whole = "int" if precision == torch.float32 else "long long"
+    wide = "".join(_wide(name, precision) for name in called)
+    return (
+        f"using T = {ctype};\n#if defined(__CUDA_ARCH__)\nusing V = T; using B = bool; constexpr int W = 1;\n{plain}"
+        f"#else\nconstexpr int W = {lanes};\ntypedef T V __attribute__((ext_vector_type({lanes})));\n"
+        f"typedef {whole} I __attribute__((ext_vector_type({lanes})));\nusing B = I;\n{wide}#endif\n"
+    )
 
 
-@cache
-def _native(
-    name: str,
-    arguments: tuple[tuple[str, int | None], ...],
-    result: int | None,
-    snippet: str,
-    reverse: str,
-    precision: torch.dtype,
-) -> Any:
-    digest = hashlib.blake2b((snippet + reverse).encode(), digest_size=6).hexdigest()
-    names = {"snippet": snippet, "reverse": reverse, "Result": vector_type(result, precision)}
-    return warp_function("@wp.func_native(snippet, reverse)", f"{name}_{digest}", arguments, "...", precision, names)
+_BINARY = {"atan2", "pow", "min", "max"}
 
 
-@cache
-def unstacked(
-    stacked: Any, name: str, arguments: tuple[tuple[str, int | None], ...], length: int | None, precision: torch.dtype
-) -> Any:
-    """A Warp function that returns the two halves of what `stacked` returns: two vectors, or two scalars for length None."""
-    width = 1 if length is None else length
-    halves = [[f"both[{k + half * width}]" for k in range(width)] for half in (0, 1)]
-    values = [half[0] if length is None else f"Pair({', '.join(half)})" for half in halves]
-    body = f"both = stacked({', '.join(argument for argument, _ in arguments)})\n    return {values[0]}, {values[1]}"
-    names = {"stacked": stacked, "Pair": vector_type(width, precision)}
-    return warp_function("@wp.func", f"{name}_{stacked.key.rpartition('_')[2]}", arguments, body, precision, names)
+def _plain(name: str) -> str:
+    """`f_name` on one number."""
+    if name == "sincos":
+        return "auto f_sincos = [](V x, V& s, V& c) { s = wp::sin(x); c = wp::cos(x); };\n"
+    arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
+    return f"auto f_{name} = []({arguments}) -> V {{ return wp::{_ELEMENTWISE.get(name, name)}({values}); }};\n"
 
 
-def warp_function(
-    decorator: str,
-    name: str,
-    arguments: Sequence[tuple[str, int | None]],
-    body: str,
-    precision: torch.dtype,
-    names: dict[str, Any],
-) -> Any:
-    """Define and decorate a function from its text; `names` are its globals, among them `Result` if it is declared.
-
-    Warp reads the source of what it compiles, so the text is put where `inspect` finds it.
-    """
-    types = {f"Type{index}": vector_type(length, precision) for index, (_, length) in enumerate(arguments)}
-    signature = ", ".join(f"{argument}: Type{index}" for index, (argument, _) in enumerate(arguments))
-    arrow = " -> Result" if "Result" in names else ""
-    source = f"{decorator}\ndef {name}({signature}){arrow}:\n    {body}\n"
-    filename = f"<sim2real {name}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    space: dict[str, Any] = {"__name__": __name__, "wp": wp, **types, **names}
-    exec(compile(source, filename, "exec", dont_inherit=True), space)
-    return space[name]
+def _wide(name: str, precision: torch.dtype) -> str:
+    """`f_name` on a vector: by instructions where there are some, else one lane after the other."""
+    if name == "sincos":
+        return (
+            f"auto f_sincos = [](V x, V& s, V& c) {{{_SINCOS[precision]}"
+            "    const V e = (q & 1) != 0 ? b : a, f = (q & 1) != 0 ? a : b;\n"
+            "    s = (q & 2) != 0 ? -e : e; c = ((q + 1) & 2) != 0 ? -f : f;\n"
+            f"    if (!(__builtin_reduce_max(__builtin_elementwise_abs(x)) < {_LARGE[precision]}))\n"
+            "        for (int j = 0; j < W; ++j) { s[j] = wp::sin(T(x[j])); c[j] = wp::cos(T(x[j])); }\n};\n"
+        )
+    if name in ("sin", "cos"):
+        return f"auto f_{name} = [&](V x) -> V {{ V s, c; f_sincos(x, s, c); return {name[0]}; }};\n"
+    arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
+    if name in _ELEMENTWISE:
+        return f"auto f_{name} = []({arguments}) -> V {{ return __builtin_elementwise_{_ELEMENTWISE[name]}({values}); }};\n"
+    lane = ", ".join(f"T({value}[j])" for value in values.split(", "))
+    return f"auto f_{name} = []({arguments}) -> V {{ V y_; for (int j = 0; j < W; ++j) y_[j] = wp::{name}({lane}); return y_; }};\n"

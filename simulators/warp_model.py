@@ -1,0 +1,285 @@
+"""A model MDP from one step and one reward written in Warp's kernel language, exact to second order.
+
+A step is a plain Python function of vectors; it is read, not run:
+
+    def step(theta, state, action, noise):
+        force = action[0] - theta.friction * state[1]
+        speed = state[1] + DT * force / theta.mass
+        return wp.vector(state[0] + DT * speed, speed)
+
+    def reward(theta, state, action, noise, following):
+        return -DT * (following[0] * following[0] + 0.1 * action[0] * action[0])
+
+    box = Box(default={"mass": 1.0, "friction": 0.1})
+    mdp = warp_model(step, reward, state=("position", "speed"), action=("force",), box=box, dt=DT)
+
+What they may hold is said in `warp_language`; numbers from outside (`DT`) become constants. The model's functions take
+torch tensors in float32 or float64, on the CPU or a CUDA device, with theta shared or per environment, and keep to
+`autograd` and `torch.func` up to second order (see `warp_functions`). As in the torch simulators, values that are not
+finite pass through: who asks for a result checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sim2real.bounds import Box
+from sim2real.mdp import ModelMDP
+from sim2real.params import Params
+from sim2real.simulators.warp_functions import Program, evaluate
+from sim2real.simulators.warp_kernels import reward_kernels, roll_kernels
+from sim2real.simulators.warp_language import Argument, Translated, translate
+from sim2real.simulators.warp_programs import SCALARS, reward_program, roll_program, vector_type
+
+Kernel = Callable[..., Any]
+"""a function in Warp's kernel language, or a `wp.func`"""
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A model's functions as written, and the lengths and names they are read with."""
+
+    step: Kernel
+    """theta, state, action, noise -> following, a vector like the state"""
+    reward: Kernel | None
+    """theta, state, action, noise, following -> a number; None: the reward is not a kernel"""
+    parameters: tuple[str, ...]
+    """theta's components, in order"""
+    state: int
+    action: int
+    noise: int
+
+
+def warp_model(
+    step: Kernel,
+    reward: Kernel | None,
+    *,
+    state: Sequence[str],
+    action: Sequence[str],
+    dt: float,
+    box: Box | None = None,
+    parameters: Sequence[str] = (),
+    noise: int = 0,
+    exogenous: Sequence[str] = (),
+    initial_state: Callable[[Params, Tensor], Tensor] | None = None,
+    initial_noise: int = 0,
+    torch_reward: Callable[[Params, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    terminal: Callable[[Params, Tensor], Tensor] | None = None,
+    observe: Callable[[Params, Tensor], Tensor] | None = None,
+    signal: Sequence[str] | None = None,
+    discount: float = 1.0,
+    units: dict[str, str] | None = None,
+) -> ModelMDP:
+    """A `ModelMDP` whose step, rollout and reward are Warp kernels made of two functions.
+
+    `step(theta, state, action, noise)` returns the next state as `wp.vector(...)`; `reward(theta, state, action,
+    noise, following)` returns a number, per step. Both read `state[i]`, `action[i]`, `noise[i]` and `theta.name`; the
+    names are `parameters`, by default the defaults of the box, else its lower bounds, in order. They may hold
+    arithmetic on numbers, vectors, matrices and quaternions, Warp's smooth functions, `if`, loops over constant ranges,
+    calls of other such functions, and numbers from outside; see `warp_language`. They must not draw random numbers:
+    randomness is `noise`, whose first `noise` columns are standard normal and whose last are the measured inputs
+    `exogenous`.
+
+    state, action, exogenous, signal: names of the columns; units: by name (SI, rad); dt in s. The start is
+    `initial_state(theta, e0 [B, initial_noise])`, by default zero. `torch_reward`, `terminal` and `observe` are
+    functions of tensors as in `ModelMDP`; exactly one of reward and torch_reward is given.
+
+    Raises `WarpLanguageError` with file and line for what cannot be translated, `ValueError` for what does not fit.
+    Kernels are compiled when first called (seconds, then cached on disk), once per precision and order of derivative.
+    """
+    if (reward is None) == (torch_reward is None):
+        raise ValueError("give exactly one of reward (a kernel) and torch_reward (a function of tensors)")
+    if not 0.0 < dt < float("inf"):
+        raise ValueError(f"dt must be a positive number of seconds, got {dt}")
+    if noise < 0 or initial_noise < 0:
+        raise ValueError(f"numbers of noise columns must not be negative, got noise={noise}, {initial_noise=}")
+    box = box or Box()
+    names = tuple(parameters) or tuple(box.default) or tuple(box.low)
+    _check_names(state=state, action=action, exogenous=exogenous, signal=signal or (), parameters=names)
+    source = KernelSource(step, reward, names, len(state), len(action), noise + len(exogenous))
+    width = len(state)
+    frame = ModelMDP(
+        initial_state=initial_state or (lambda theta, e0: e0.new_zeros(*e0.shape[:-1], width)),
+        step=lambda theta, s, a, e: s,  # replaced below
+        reward=torch_reward or (lambda theta, s, a, e, following: s[..., 0]),
+        noise_dims=(initial_noise, source.noise),
+        dt=dt,
+        discount=discount,
+        terminal=terminal,
+        observe=observe,
+        exogenous_dim=len(exogenous),
+        names={
+            "state": tuple(state),
+            "action": tuple(action),
+            "signal": tuple(state if signal is None else signal),
+            **({"exogenous": tuple(exogenous)} if exogenous else {}),
+        },
+        units=units or {},
+        box=box,
+    )
+    return _with_kernels(frame, source)
+
+
+def warp_twin(twin: ModelMDP, step: Kernel, reward: Kernel | None) -> ModelMDP:
+    """The torch model `twin` with step, rollout and, unless it is None, reward replaced by kernels.
+
+    theta holds the parameters that have a default in the twin's box, in its order. step and reward are as for
+    `warp_model`; start, end of an episode, names, units and box stay the twin's.
+    """
+    missing = [key for key in ("state", "action") if key not in twin.names]
+    if missing:
+        raise ValueError(f"the torch model does not name its {' and '.join(missing)}; the kernel needs their lengths")
+    lengths = len(twin.names["state"]), len(twin.names["action"])
+    return _with_kernels(twin, KernelSource(step, reward, tuple(twin.box.default), *lengths, twin.noise_dims[1]))
+
+
+def _check_names(**groups: Sequence[str]) -> None:
+    for group, names in groups.items():
+        if isinstance(names, str) or len(set(names)) < len(names):
+            raise ValueError(f"{group} must be a sequence of distinct names, got {names!r}")
+    for group in ("state", "action"):
+        if not groups[group]:
+            raise ValueError(f"the model needs at least one {group}")
+
+
+def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
+    translated_step(source, torch.float64)  # complain at once, not at the first rollout
+    if source.reward is not None:
+        translated_reward(source, torch.float64)
+
+    def step(theta: Params, state: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+        lead = _lead(source, theta, state, action, noise)
+        inputs = (_flat(state, lead), _flat(action, lead).unsqueeze(1), _flat(noise, lead).unsqueeze(1))
+        (following,) = evaluate(_step_program(source, state.dtype), pack(source, theta, lead, state), *inputs)
+        return following.view(*lead, source.state)
+
+    def reward(theta: Params, state: Tensor, action: Tensor, noise: Tensor, following: Tensor) -> Tensor:
+        lead = _lead(source, theta, state, action, noise, following)
+        inputs = (_flat(x, lead) for x in (state, action, noise, following))
+        (value,) = evaluate(_reward_program(source, state.dtype), pack(source, theta, lead, state), *inputs)
+        return value.view(lead)
+
+    def open_loop(theta: Params, start: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        lead = _lead(source, theta, start, actions[:, 0], noise[:, 0])
+        over_time = (x.transpose(0, 1).unsqueeze(0) for x in (actions, noise))
+        program = _rollout_program(source, start.dtype)
+        (states,) = evaluate(program, pack(source, theta, lead, start), start.unsqueeze(0), *over_time)
+        return states[0].transpose(0, 1)
+
+    return replace(
+        frame,
+        step=step,
+        reward=frame.reward if source.reward is None else reward,
+        open_loop=open_loop,
+        derivative_order=2,
+    )
+
+
+def _arguments(source: KernelSource) -> tuple[Argument, ...]:
+    return (
+        Argument("theta", len(source.parameters), source.parameters),
+        Argument("state", source.state),
+        Argument("action", source.action),
+        Argument("noise", source.noise),
+    )
+
+
+@cache
+def translated_step(source: KernelSource, precision: torch.dtype) -> Translated:
+    """The step's Warp functions; raises `ValueError` when it does not return a state."""
+    step = translate(source.step, _arguments(source), precision=precision)
+    if step.length != source.state:
+        found = "a number" if step.length is None else f"{step.length} components"
+        raise ValueError(f"step returns {found}, the state has {source.state}; return wp.vector of the next state")
+    return step
+
+
+@cache
+def translated_reward(source: KernelSource, precision: torch.dtype) -> Translated:
+    """The reward's Warp functions; raises `ValueError` when it does not return a number."""
+    if source.reward is None:
+        raise ValueError("the reward of this model is not a kernel")
+    reward = translate(source.reward, (*_arguments(source), Argument("following", source.state)), precision=precision)
+    if reward.length is not None:
+        raise ValueError(f"reward returns {reward.length} components; return one number, the reward of the step")
+    return reward
+
+
+def _types(source: KernelSource, precision: torch.dtype) -> list[Any]:
+    return [vector_type(argument.length or 0, precision) for argument in _arguments(source)]
+
+
+@cache
+def _step_program(source: KernelSource, precision: torch.dtype) -> Program:
+    return roll_program(_step_kernels(source, precision), whole=False)
+
+
+@cache
+def _rollout_program(source: KernelSource, precision: torch.dtype) -> Program:
+    return roll_program(_step_kernels(source, precision), whole=True)
+
+
+@cache
+def _step_kernels(source: KernelSource, precision: torch.dtype) -> Any:
+    step = translated_step(source, precision)
+    return roll_kernels(step.primal, step.dual, _types(source, precision))
+
+
+@cache
+def _reward_program(source: KernelSource, precision: torch.dtype) -> Program:
+    reward = translated_reward(source, precision)
+    following, number = vector_type(source.state, precision), vector_type(1, precision)
+    return reward_program(reward_kernels(reward.primal, reward.dual, [*_types(source, precision), following, number]))
+
+
+def _lead(source: KernelSource, theta: Params, *tensors: Tensor) -> torch.Size:
+    """The batch axes that state, action, noise and theta share; raises where they do not fit the model."""
+    state = tensors[0]
+    names = ("state", "action", "noise", "following")
+    for name, length, x in zip(names, (source.state, source.action, source.noise, source.state), tensors, strict=False):
+        if x.shape[-1] != length:
+            raise ValueError(f"{name} has {x.shape[-1]} columns, the model has {length}")
+        if x.dtype != state.dtype and length:
+            raise TypeError(f"{name} is {x.dtype}, the state {state.dtype}; give all of them in one precision")
+    if state.dtype not in SCALARS:
+        raise TypeError(f"a Warp model computes in float32 or float64, got states in {state.dtype}")
+    missing = [key for key in source.parameters if key not in theta]
+    if missing:
+        raise KeyError(f"theta lacks {missing}; the model has the parameters {list(source.parameters)}")
+    return torch.broadcast_shapes(*(x.shape[:-1] for x in tensors), *(theta[key].shape for key in source.parameters))
+
+
+def _flat(x: Tensor, lead: torch.Size) -> Tensor:
+    """`[1, B, columns]` with the batch axes `lead` folded into one."""
+    length = x.shape[-1]
+    if x.shape[:-1] != lead:
+        x = x.expand(*lead, length)
+    return x.reshape(1, prod(lead), length)
+
+
+def pack(source: KernelSource, theta: Params, lead: torch.Size, like: Tensor) -> Tensor:
+    """theta as rows `[1, B, p]`, one row repeated where all parameters are shared; precision and device of `like`."""
+    values = [theta[key] for key in source.parameters]
+    if not values:
+        return like.new_zeros(0).expand(1, prod(lead), 0)
+    if any(value.dtype != like.dtype or value.device != like.device for value in values):
+        values = [_alike(key, theta[key], like) for key in source.parameters]
+    if all(value.ndim == 0 for value in values):
+        return torch.stack(values).expand(1, prod(lead), len(values))
+    return torch.stack([value.expand(lead) for value in values], -1).reshape(1, prod(lead), len(values))
+
+
+def _alike(key: str, value: Tensor, like: Tensor) -> Tensor:
+    if value.ndim and (value.dtype != like.dtype or value.device != like.device):
+        raise TypeError(
+            f"parameter '{key}' is {value.dtype} on {value.device}, the state {like.dtype} on {like.device}; "
+            "per-environment parameters are given in the precision and on the device of the state"
+        )
+    return value.to(like)

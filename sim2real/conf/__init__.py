@@ -13,83 +13,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from sim2real.conf.keys import key
+from sim2real.conf.models import MODELS
+
 _INF = float("inf")
-
-
-def key(
-    default: Any, unit: str, text: str, *, choices: tuple[str, ...] = (), path: bool = False, group: str = ""
-) -> Any:
-    """A dataclass field with the unit and the sentence that `--help` shows."""
-    metadata = {"unit": unit, "help": text, "choices": choices, "path": path, "group": group}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class PendulumModel:
-    """Torque-driven pendulum with viscous and Coulomb friction."""
-
-    _target_: str = "sim2real.simulators.pendulum"
-    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
-    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
-    substeps: int = key(1, "", "integration steps per time step")
-    discount: float = key(1.0, "1/step", "in-sim discount")
-    initial_angle: float = key(0.0, "rad", "start angle of in-sim rollouts; 0 hangs, 3.1416 is upright")
-    initial_std: float = key(0.05, "rad, rad/s", "standard deviation of the start state of in-sim rollouts")
-
-
-@dataclass
-class DoublePendulumModel:
-    """Two-link pendulum through gears (9 base parameters, or masses, lengths and inertias)."""
-
-    _target_: str = "sim2real.simulators.double_pendulum"
-    parameters: str = key("base", "", "parameter set", choices=("base", "physical"))
-    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
-    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
-    substeps: int = key(2, "", "integration steps per time step; 2 keep stiff friction stable at 4 ms")
-    discount: float = key(1.0, "1/step", "in-sim discount")
-    initial_std: float = key(0.05, "rad, rad/s", "standard deviation of the start state of in-sim rollouts")
-
-
-@dataclass
-class BuildingModel:
-    """Grey-box house: 1R1C, 2R2C or 3R3C network of air, envelope and heater temperatures."""
-
-    _target_: str = "sim2real.simulators.building_rc"
-    order: int = key(3, "", "number of temperatures, 1 to 3")
-    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
-    integrator: str = key("exact", "", "time stepping", choices=("exact", "midpoint", "rk4"))
-    substeps: int = key(1, "", "integration steps per time step")
-    discount: float = key(1.0, "1/step", "in-sim discount")
-    setpoint: float = key(20.0, "degC", "temperature the reward asks for")
-    energy_price: float = key(0.01, "1/kWh", "price in the reward")
-    initial_temperature: float = key(20.0, "degC", "start temperature of in-sim rollouts")
-    initial_std: float = key(0.0, "K", "standard deviation of the start state of in-sim rollouts")
-
-
-@dataclass
-class CartpoleModel:
-    """Cart on a rail with a pole; angle 0 is upright."""
-
-    _target_: str = "sim2real.simulators.cartpole"
-    dt: float | None = key(None, "s", "time step; default: the sampling period of the log")
-    integrator: str = key("midpoint", "", "time stepping", choices=("semi_implicit", "midpoint", "rk4"))
-    substeps: int = key(1, "", "integration steps per time step")
-    discount: float = key(1.0, "1/step", "in-sim discount")
-    initial_angle: float = key(0.0, "rad", "start angle of in-sim rollouts")
-    initial_std: float = key(0.05, "SI", "standard deviation of the start state of in-sim rollouts")
-    position_limit: float = key(_INF, "m", "an episode ends beyond")
-    angle_limit: float = key(_INF, "rad", "an episode ends beyond")
-    alive_reward: float = key(0.0, "1/s", "reward for not having ended")
-
-
-MODELS: dict[str, type] = {
-    "pendulum": PendulumModel,
-    "double_pendulum": DoublePendulumModel,
-    "cartpole": CartpoleModel,
-    "building_rc": BuildingModel,
-}
 CUSTOM = "custom"
 """the group node of a model of the user's own: `model._target_=my_package.my_model`, its arguments model.KEY=VALUE"""
 

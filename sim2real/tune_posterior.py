@@ -34,11 +34,17 @@ _WINDOWS = ("horizon", "stride", "first_row", "margin", "start_after", "end_befo
 
 
 def gaussian(given: ParameterSet | None, free: Sequence[str]) -> tuple[Params, Tensor] | None:
-    """Mean and precision of the fit's estimate over `free`; None without a fit. What it left open weighs nothing."""
+    """Mean and precision of the fit's estimate over `free`; None without a fit. What it left open weighs nothing.
+
+    Raises `UsageError` for free parameters that the fit's file does not have.
+    """
     kept = {} if given is None else given.report.get("covariance", {})
     known = [k for k, name in enumerate(free) if name in kept.get("names", ())]
     if given is None or not known:
         return None
+    if absent := [name for name in free if name not in given.parameters]:
+        has = ", ".join(given.parameters)
+        raise UsageError(f"params: the file has no {', '.join(absent)}, it has {has}; leave the others out of free=")
     full = _matrix(kept)
     precision = torch.zeros(len(free), len(free), dtype=torch.float64)
     chosen = torch.tensor([kept["names"].index(free[k]) for k in known])

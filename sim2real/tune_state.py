@@ -56,8 +56,10 @@ class TuneSettings:
                 ("gradient_tol", ">= 0", self.gradient_tol >= 0),
                 ("damping", ">= 0 and finite", 0 <= self.damping < float("inf")),
                 ("likelihood_weight", ">= 0 and finite", 0 <= self.likelihood_weight < float("inf")),
-                ("error_tol", "> 0 and finite", 0 < self.error_tol < float("inf")),
+                ("error_tol", "in (0, 1)", 0 < self.error_tol < 1),
                 ("audit", ">= 0", self.audit >= 0),
+                ("use_freedom", "True or False", isinstance(self.use_freedom, bool)),
+                ("certify", "True or False", isinstance(self.certify, bool)),
                 ("trade_off", ">= 0", self.trade_off >= 0),
                 ("freedom_tol", ">= 0 and finite", 0 <= self.freedom_tol < float("inf")),
             )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sim2real.cli import main
+from sim2real.conf.compose import UsageError
 from sim2real.parameter_file import ParameterSet, read_parameters
 from sim2real.tune_posterior import gaussian
 
@@ -283,6 +284,8 @@ def test_a_fit_becomes_a_gaussian_over_the_free_parameters() -> None:
     assert torch.allclose(likelihood[1], inverse, rtol=1e-14, atol=1e-15)
     assert {name: float(value) for name, value in likelihood[0].items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
     assert gaussian(fitted, ("c",)) is None
+    with pytest.raises(UsageError, match="params: the file has no d, it has a, b, c"):
+        gaussian(fitted, ("a", "d"))
     assert gaussian(None, ("a",)) is None
 
 
@@ -323,6 +326,8 @@ def test_parameters_of_another_model_are_refused(place: Path, capsys: pytest.Cap
         (["tune.radius=-1"], 2, "radius = -1.0"),
         (["tune.certify=maybe"], 2, "tune.certify"),
         (["tune.error_tol=nan"], 2, "error_tol = nan"),
+        (["tune.error_tol=1"], 2, "error_tol = 1.0 (must be in (0, 1))"),
+        (["tune.use_freedom=2"], 2, "tune.use_freedom=2: expected true or false"),
         (["tune.audit=-1"], 2, "audit = -1"),
         (["tune.audit=1", "tune.certify=false"], 2, "tune.audit=1: expected 0 with tune.certify=false"),
         (["tune.freedom_tol=-1"], 2, "freedom_tol = -1.0"),

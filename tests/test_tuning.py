@@ -463,6 +463,15 @@ def test_worse_steps_are_undone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"error_tol": 1.0}, r"error_tol = 1.0 \(must be in \(0, 1\)\)"), ({"use_freedom": 2}, "use_freedom = 2")],
+)
+def test_settings_that_mean_nothing_are_named(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TuneSettings(**setting)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"free": ("c",)}, "free names .'c'."),

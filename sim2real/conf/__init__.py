@@ -118,7 +118,7 @@ class TuneOptions:
     freedom_tol: float = key(1e-6, "1", "largest fall of the real return this may cost, relative to |J_real|")
     trade_off: int = key(0, "", "after a fit: points of the curve of real return against likelihood, such as 5")
     certify: bool = key(True, "", "refuse parameters at which the gradient is not certified")
-    error_tol: float = key(0.05, "1", "largest error of a certified gradient, relative to its norm")
+    error_tol: float = key(0.05, "1", "largest error of a certified gradient, relative to its norm; below 1")
     audit: int = key(0, "", "directions along which a certificate trains the policy anew, four times each; 0: none")
 
 

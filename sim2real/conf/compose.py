@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sim2real.conf import COMMANDS, CUSTOM, GROUPS, register
 
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
 
 class UsageError(ValueError):
     """The command line asks for something that does not exist or does not fit; the message says what does."""
@@ -136,6 +138,8 @@ def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> 
         raise UsageError(f"unknown key '{name}'{nearest(name, keys)}; see sim2real {command} --help")
     if name in keys and keys[name].path and not value:
         raise UsageError(f"{name}= is empty: give a path")
+    if name in keys and isinstance(keys[name].default, bool) and value.lower() not in BOOLEANS:
+        raise UsageError(f"{name}={value}: expected true or false")
     if name in keys and isinstance(keys[name].default, list) and value[:1] != "[":
         value = f"[{value}]"
     # a path may hold what Hydra's grammar gives a meaning: quote it

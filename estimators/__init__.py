@@ -14,6 +14,7 @@ from sim2real.estimators.baselines import (
     state_baseline,
     time_baseline,
 )
+from sim2real.estimators.boltzmann_covariance import CriticOptions, boltzmann_covariance_gradient
 from sim2real.estimators.boltzmann_tables import boltzmann_tables_gradient
 from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.counterfactual import counterfactual_gradient
@@ -30,8 +31,10 @@ from sim2real.estimators.equivalence import (
 from sim2real.estimators.estimate_certificate import certify_estimate
 from sim2real.estimators.explicit_sensitivity import explicit_sensitivity
 from sim2real.estimators.finite_difference import finite_difference_gradient
+from sim2real.estimators.fitted_follower import fit_linear_follower, fit_soft_value
 from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.hessian_free import hessian_free_gradient
+from sim2real.estimators.leader_critic import inverse_noise_weights
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
@@ -60,6 +63,7 @@ __all__ = [
     "Condition",
     "Critic",
     "CriticError",
+    "CriticOptions",
     "CrossTerm",
     "EquivalenceError",
     "EquivalenceGap",
@@ -72,6 +76,7 @@ __all__ = [
     "all_action_gradient",
     "audit",
     "auto_sensitivity",
+    "boltzmann_covariance_gradient",
     "boltzmann_tables_gradient",
     "certify",
     "certify_estimate",
@@ -81,9 +86,12 @@ __all__ = [
     "equivalence_gap",
     "explicit_sensitivity",
     "finite_difference_gradient",
+    "fit_linear_follower",
+    "fit_soft_value",
     "function_space_sensitivity",
     "hessian_free_gradient",
     "input_baseline",
+    "inverse_noise_weights",
     "least_squares_critic",
     "logged_policy_gradient",
     "lqr_equivalence_gap",

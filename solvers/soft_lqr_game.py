@@ -25,7 +25,7 @@ from sim2real.solvers.riccati import riccati
 
 @dataclass(frozen=True)
 class ObservedSoftLQR:
-    """`u ~ N(-state_gain s - disturbance_gain eps, factor factor')`; V is `-(z'value_matrix z + offset)`, z = (s, eps)."""
+    """`u ~ N(-state_gain s - disturbance_gain eps, factor factor')`, V = `-(z'value_matrix z + offset)`, z (s, eps)."""
 
     state_gain: Tensor
     """K_x `[m, n]`"""

@@ -1,30 +1,16 @@
-"""Vectors, matrices and quaternions of a kernel, as scalars: every operation of Warp's language that the translator knows.
+"""Vectors, matrices and quaternions of a kernel, as scalars.
 
-Quaternions are (x, y, z, w) as in Warp; `quat_rotate(q, v) = v (2 w^2 - 1) + 2 w (q x v) + 2 q (q . v)`, matrices are written row by row.
+Quaternions are (x, y, z, w) as in Warp, with `quat_rotate(q, v) = v (2 w^2 - 1) + 2 w (q x v) + 2 q (q . v)` for the
+vector part q; matrices are written row by row.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim2real.simulators.warp_graph import (
-    Node,
-    apply,
-    as_node,
-    both,
-    either,
-    equal,
-    is_truth,
-    less,
-    less_equal,
-    negation,
-    power,
-    select,
-    truth,
-)
+from sim2real.simulators.warp_graph import Node, apply, as_node, is_truth, less, power, select
 
 Real = Node | float | int | bool
 
@@ -65,16 +51,16 @@ def describe(value: object) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)} values"
     if isinstance(value, Node):
-        return "a condition" if _is_condition(value) else "a number"
+        return "a condition" if is_condition(value) else "a number"
     return f"the constant {value!r}" if isinstance(value, bool | int | float) else repr(value)
 
 
-def _is_condition(value: object) -> bool:
+def is_condition(value: object) -> bool:
     return isinstance(value, Node) and is_truth(value)
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Node) and not _is_condition(value))
+    return isinstance(value, int | float) or (isinstance(value, Node) and not is_condition(value))
 
 
 def parts(value: Value) -> tuple[Real, ...]:
@@ -127,14 +113,14 @@ def choose(condition: Node, a: Value, b: Value) -> Value:
     return like(a, chosen)
 
 
-def _numbers(operation: str, *values: Value) -> None:
+def need_numbers(operation: str, *values: Value) -> None:
     for value in values:
         if not is_number(value):
             raise Mismatch(f"{operation} needs numbers, got {describe(value)}")
 
 
 def add(a: Value, b: Value, sign: int = 1) -> Value:
-    if not same_form(a, b) or isinstance(a, tuple) or _is_condition(a):
+    if not same_form(a, b) or isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"{'+' if sign > 0 else '-'} of {describe(a)} and {describe(b)}")
     return like(a, [x + y if sign > 0 else x - y for x, y in zip(parts(a), parts(b), strict=True)])
 
@@ -144,7 +130,7 @@ def subtract(a: Value, b: Value) -> Value:
 
 
 def negate(a: Value) -> Value:
-    if isinstance(a, tuple) or _is_condition(a):
+    if isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"- of {describe(a)}")
     return like(a, [-x for x in parts(a)])
 
@@ -167,17 +153,17 @@ def multiply(a: Value, b: Value) -> Value:
 
 
 def divide(a: Value, b: Value) -> Value:
-    if not is_number(b) or isinstance(a, tuple) or _is_condition(a):
+    if not is_number(b) or isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"/ of {describe(a)} and {describe(b)}; component by component is wp.cw_div")
     return like(a, [x / b for x in parts(a)])
 
 
 def raise_to(a: Value, b: Value) -> Value:
-    _numbers("a power", a, b)
+    need_numbers("a power", a, b)
     return a**b if isinstance(a, int | float) and isinstance(b, int | float) else power(a, b)
 
 
-def _sum(terms: Any) -> Real:
+def _sum(terms: Iterable[Real]) -> Real:
     result: Real = 0.0
     for term in terms:
         result = result + term
@@ -196,19 +182,19 @@ def _hamilton(a: Quaternion, b: Quaternion) -> Quaternion:
     )
 
 
-def _vectors(name: str, *values: Value) -> None:
+def need_vectors(name: str, *values: Value) -> None:
     lengths = {len(value.items) if isinstance(value, Vector | Quaternion) else None for value in values}
     if None in lengths or len(lengths) > 1:
         raise Mismatch(f"wp.{name} of {' and '.join(describe(value) for value in values)}")
 
 
 def dot(a: Value, b: Value) -> Real:
-    _vectors("dot", a, b)
+    need_vectors("dot", a, b)
     return _sum(x * y for x, y in zip(parts(a), parts(b), strict=True))
 
 
 def cross(a: Vector, b: Vector) -> Vector:
-    _vectors("cross", a, b)
+    need_vectors("cross", a, b)
     if len(a.items) != 3:
         raise Mismatch(f"wp.cross of {describe(a)} and {describe(b)}")
     (x, y, z), (p, q, r) = a.items, b.items
@@ -216,7 +202,7 @@ def cross(a: Vector, b: Vector) -> Vector:
 
 
 def length(a: Value) -> Real:
-    _vectors("length", a)
+    need_vectors("length", a)
     return apply("norm", dot(a, a))
 
 
@@ -303,7 +289,7 @@ def quat_inverse(q: Quaternion) -> Quaternion:
 
 
 def quat_from_axis_angle(axis: Vector, angle: Real) -> Quaternion:
-    _numbers("wp.quat_from_axis_angle", angle)
+    need_numbers("wp.quat_from_axis_angle", angle)
     half = angle * 0.5
     sine = apply("sin", half)
     return Quaternion((*(x * sine for x in axis.items), apply("cos", half)))
@@ -313,160 +299,3 @@ def quat_to_matrix(q: Quaternion) -> Matrix:
     _quaternion("quat_to_matrix", q)
     columns = [quat_rotate(q, Vector(tuple(float(i == j) for j in range(3)))) for i in range(3)]
     return transpose(Matrix(tuple(parts(column) for column in columns)))
-
-
-def componentwise(operation: Callable[[Any, Any], Any], name: str) -> Callable[[Value, Value], Value]:
-    def each(a: Value, b: Value) -> Value:
-        if not same_form(a, b) or not isinstance(a, Vector | Matrix):
-            raise Mismatch(f"wp.{name} of {describe(a)} and {describe(b)}")
-        return like(a, [operation(x, y) for x, y in zip(parts(a), parts(b), strict=True)])
-
-    return each
-
-
-def _scalar(name: str) -> Callable[..., Value]:
-    def call(*values: Value) -> Value:
-        _numbers(f"wp.{name}", *values)
-        return apply(name, *values)
-
-    return call
-
-
-def _extremum(name: str) -> Callable[..., Value]:
-    def call(*values: Value) -> Value:
-        if len(values) == 1 and isinstance(values[0], Vector):
-            values = values[0].items
-        result = values[0]
-        for value in values[1:]:
-            if isinstance(result, Vector):
-                result = componentwise(lambda x, y: apply(name, x, y), name)(result, value)
-            else:
-                _numbers(f"wp.{name}", result, value)
-                result = apply(name, result, value)
-        return result
-
-    return call
-
-
-def _absolute(a: Value) -> Value:
-    if isinstance(a, Vector):
-        return like(a, [apply("abs", x) for x in a.items])
-    _numbers("wp.abs", a)
-    return apply("abs", a)
-
-
-def _clamp(x: Real, low: Real, high: Real) -> Value:
-    _numbers("wp.clamp", x, low, high)
-    return apply("min", apply("max", x, low), high)
-
-
-def _sign(x: Real) -> Value:
-    _numbers("wp.sign", x)
-    return select(less(x, 0.0), -1.0, 1.0)  # as in Warp, sign(0) = 1
-
-
-def _where(condition: Value, a: Value, b: Value) -> Value:
-    if isinstance(condition, bool):
-        return a if condition else b
-    if not _is_condition(condition):
-        raise Mismatch(f"wp.where needs a condition such as x > 0.0, got {describe(condition)}")
-    return choose(condition, a, b)
-
-
-def _lerp(a: Value, b: Value, t: Real) -> Value:
-    return add(multiply(a, 1.0 - t), multiply(b, t))
-
-
-def _identity(size: int) -> Matrix:
-    return Matrix(tuple(tuple(float(i == j) for j in range(size)) for i in range(size)))
-
-
-def _diagonal(a: Vector) -> Matrix:
-    return Matrix(tuple(tuple(x if i == j else 0.0 for j in range(len(a.items))) for i, x in enumerate(a.items)))
-
-
-def _from_rows(*rows: Vector) -> Matrix:
-    _vectors("matrix_from_rows", *rows)
-    return Matrix(tuple(row.items for row in rows))
-
-
-def compare(operation: str, a: Value, b: Value) -> Node | bool:
-    """`a < b` and its kin, of numbers."""
-    _numbers(f"the comparison {operation}", a, b)
-    table: dict[str, Callable[[], Node]] = {
-        "<": lambda: less(a, b),
-        "<=": lambda: less_equal(a, b),
-        ">": lambda: less(b, a),
-        ">=": lambda: less_equal(b, a),
-        "==": lambda: equal(a, b),
-        "!=": lambda: negation(equal(a, b)),
-    }
-    return known(table[operation]())
-
-
-def known(condition: Node) -> Node | bool:
-    """A condition that does not depend on any input as a plain bool."""
-    return bool(condition.value) if condition.operation == "truth" else condition
-
-
-def combine(word: str, values: Sequence[Value]) -> Node | bool:
-    """`and`, `or`, `not` of conditions."""
-    nodes = [truth(value) if isinstance(value, bool) else value for value in values]
-    for node in nodes:
-        if not _is_condition(node):
-            raise Mismatch(f"'{word}' needs conditions such as x > 0.0, got {describe(node)}")
-    if word == "not":
-        return known(negation(nodes[0]))
-    result = nodes[0]
-    for node in nodes[1:]:
-        result = both(result, node) if word == "and" else either(result, node)
-    return known(result)
-
-
-FUNCTIONS: dict[str, Callable[..., Value]] = {
-    **{
-        name: _scalar(name)
-        for name in (
-            *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
-            *("exp", "log", "sqrt", "floor", "ceil"),
-        )
-    },
-    "abs": _absolute,
-    "min": _extremum("min"),
-    "max": _extremum("max"),
-    "clamp": _clamp,
-    "sign": _sign,
-    "pow": raise_to,
-    "log2": lambda x: _scalar("log")(x) * (1.0 / math.log(2.0)),
-    "log10": lambda x: _scalar("log")(x) * (1.0 / math.log(10.0)),
-    "degrees": lambda x: multiply(x, 180.0 / math.pi),
-    "radians": lambda x: multiply(x, math.pi / 180.0),
-    "where": _where,
-    "lerp": _lerp,
-    "dot": dot,
-    "cross": cross,
-    "length": length,
-    "length_sq": lambda a: dot(a, a),
-    "normalize": normalize,
-    "outer": outer,
-    "transpose": transpose,
-    "determinant": determinant,
-    "inverse": inverse,
-    "trace": trace,
-    "cw_mul": componentwise(lambda x, y: x * y, "cw_mul"),
-    "cw_div": componentwise(lambda x, y: x / y, "cw_div"),
-    "diag": _diagonal,
-    "matrix_from_rows": _from_rows,
-    "matrix_from_cols": lambda *columns: transpose(_from_rows(*columns)),
-    "quat_identity": lambda: Quaternion((0.0, 0.0, 0.0, 1.0)),
-    "quat_rotate": quat_rotate,
-    "quat_rotate_inv": quat_rotate_inv,
-    "quat_inverse": quat_inverse,
-    "quat_from_axis_angle": quat_from_axis_angle,
-    "quat_to_matrix": quat_to_matrix,
-    "add": add,
-    "sub": subtract,
-    "mul": multiply,
-    "div": divide,
-    "neg": negate,
-}

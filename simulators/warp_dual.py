@@ -2,9 +2,9 @@
 
     tangents:  dy = sum_i (df/dx_i) dx_i,      adjoints:  x_i* += (df/dx_i) y*
 
-Both return graphs again, so the adjoint of the dual is a Hessian-vector product, exact to rounding. The partial derivatives
-stand in one table. Where a function has a kink its one-sided partial is the one of the branch that computes the value (`max(x, 0)` at
-0: that of `x`); `sign`, `floor` and `ceil` have derivative 0; the length of a zero vector has derivative 0.
+Both return graphs again, so the adjoint of the dual is a Hessian-vector product, exact to rounding. The partial
+derivatives stand in one table. At a kink the partial is that of the branch which computes the value (`max(x, 0)` at 0:
+that of `x`); `sign`, `floor` and `ceil` have derivative 0, and so has the length of a zero vector.
 Reference: Griewank and Walther, Evaluating Derivatives, 2nd edition, 2008, sections 3.1, 3.2 and 5.1.
 """
 

@@ -1,9 +1,9 @@
 """Straight-line arithmetic on real numbers as a graph: what a kernel's step becomes before it is differentiated.
 
-A `Node` is one operation on nodes, and equal operations are one node: `sin(x)` written twice is computed once, and so are the
-terms that values and derivatives share. Nodes are built by Python's operators and by the functions below, which
-drop what is certainly zero and fold constants in float64. Branches are `select(condition, a, b)`, both sides computed; a derivative
-is masked with the same condition, never multiplied by zero, so the side not taken may hold nan without harm.
+A `Node` is one operation on nodes, and equal operations are one node: `sin(x)` written twice is computed once, and so
+are the terms that values and derivatives share. Nodes are built by Python's operators and by the functions below, which
+drop what is certainly zero and fold constants in float64. A branch is `select(condition, a, b)` with both sides
+computed; a derivative is masked with the same condition, never multiplied by zero, so the side not taken may hold nan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """`operation(*arguments)`; an input has a name, a constant a value. `key` is a digest of all of it, the same in every process."""
+    """`operation(*arguments)`; an input has a name, a constant a value; `key` is a digest, equal in every process."""
 
     operation: str
     arguments: tuple[Node, ...]
@@ -186,7 +186,7 @@ def _divide(a: Node, b: Node) -> Node:
 
 
 def masked(a: Node, factor: Node) -> Node:
-    """`a * factor` for a derivative `a`: where a mask makes `a` zero the product is zero, whatever `factor` is there."""
+    """`a * factor` for a derivative `a`: where a mask makes `a` zero, so is the product, whatever `factor` is there."""
     if factor.operation == "select" and all(is_constant(side) for side in factor.arguments[1:]):
         condition, x, y = factor.arguments
         return select(condition, masked(a, x), masked(a, y))
@@ -273,7 +273,7 @@ def either(a: Node, b: Node) -> Node:
 
 
 def power(a: Node | float, b: Node | float) -> Node:
-    """`a**b`: by multiplications for whole exponents up to 8, `sqrt` for one half, else `pow` (a > 0 where b is not whole)."""
+    """`a**b`: multiplications for whole exponents up to 8, `sqrt` for one half, else `pow`."""
     x, y = as_node(a), as_node(b)
     if is_constant(x) and is_constant(y):
         return constant(math.pow(x.value, y.value))

@@ -1,13 +1,13 @@
 """Arithmetic graphs as Warp functions: native snippets, of one environment or of many side by side.
 
-A function is known to Warp by a digest of its text: the same function translated twice, or in another process, is the same
-code, and Warp's kernel cache stays warm.
+A function is known to Warp by a digest of its text: the same function translated twice, or in another process, is the
+same code, and Warp's kernel cache stays warm.
 
-    native_function   y = f(x, ...) of one environment, for kernels that hold a state in registers, with its adjoint
-    tile_function     rows first <= i < last of arrays [copies, (time,) environment, component]: reads, computes, writes or adds
+    native_function   y = f(x, ...) of one environment, with its adjoint, for kernels that hold a state in registers
+    tile_function     rows first <= i < last of arrays [copies, (time,) environments, components], read and written
 
-The second computes several environments with one instruction on a CPU (fastest where environments lie side by side in memory:
-component-major arrays, viewed with their last two axes swapped), and one on a GPU.
+The second computes several environments with one instruction on a CPU, fastest where environments lie side by side in
+memory (component-major arrays, viewed with their last two axes swapped), and one on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import linecache
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def native_function(
     return _native(name, arguments, length, "\n".join(lines) + "\n", "\n".join(back) + "\n", precision)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _native(
     name: str, arguments: Signature, length: int | None, snippet: str, reverse: str, precision: torch.dtype
 ) -> Any:
@@ -85,7 +85,7 @@ def _native(
     return warp_function("@wp.func_native(snippet, reverse)", label, types, "...", names)
 
 
-@lru_cache(maxsize=None)
+@cache
 def unstacked(stacked: Any, name: str, arguments: Signature, length: int | None, precision: torch.dtype) -> Any:
     """A Warp function returning the two halves of what `stacked` returns: two vectors, two scalars for length None."""
     width = 1 if length is None else length
@@ -99,7 +99,7 @@ def unstacked(stacked: Any, name: str, arguments: Signature, length: int | None,
 
 @dataclass(frozen=True)
 class Rows:
-    """An array of a tile function: `[copies, environments, length]`, or with a time axis `[copies, time, environments, length]`."""
+    """An array of a tile function: `[copies, time, environments, length]`, without the time axis if not timed."""
 
     name: str
     length: int
@@ -121,10 +121,10 @@ def read(rows: Rows) -> tuple[Node, ...]:
 
 
 def tile_function(name: str, reads: Sequence[Rows], stores: Sequence[Store], precision: torch.dtype) -> Any:
-    """`tile(copy, time, first, last, *arrays)`: one Warp function for rows first..last-1 at one time; arrays of scalars.
+    """`tile(copy, time, first, last, *arrays)`: a Warp function for rows first..last-1 at one time; arrays of scalars.
 
-    The arrays are those of `reads`, then those of `stores`. Every row is read before it is written, so that an array may be both.
-    Rows repeated with stride 0 are read once.
+    The arrays are those of `reads`, then those of `stores`. Every row is read before it is written, so that an array
+    may be both.
     """
     outputs = [value for store in stores for value in store.values]
     lines, results = statements(outputs, precision)
@@ -155,20 +155,23 @@ _MOVES = """#if defined(__CUDA_ARCH__)
 auto fetch = [](char* at, long long step, int n) -> V { return *(T*)at; };
 auto keep = [](char* at, long long step, int n, V x) { *(T*)at = x; };
 #else
-auto fetch = [](char* at, long long step, int n) -> V {
-    V x;
-    if (step == 0) return V(*(T*)at);
-    if (step == sizeof(T) && n == W) { __builtin_memcpy(&x, at, sizeof(V)); return x; }
-    T lanes[W];
+auto gather = [](char* at, long long step, int n, T* lanes) __attribute__((noinline)) {
     for (int j = 0; j < W; ++j) lanes[j] = *(T*)(at + (j < n ? j : 0) * step);
-    __builtin_memcpy(&x, lanes, sizeof(V));
-    return x;
 };
-auto keep = [](char* at, long long step, int n, V x) {
-    if (step == sizeof(T) && n == W) { __builtin_memcpy(at, &x, sizeof(V)); return; }
-    T lanes[W];
-    __builtin_memcpy(lanes, &x, sizeof(V));
+auto scatter = [](char* at, long long step, int n, T* lanes) __attribute__((noinline)) {
     for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lanes[j];
+};
+auto fetch = [&](char* at, long long step, int n) -> V {
+    alignas(V) T lanes[W];
+    if (step == sizeof(T) && n == W) __builtin_memcpy(lanes, at, sizeof(V));
+    else gather(at, step, n, lanes);
+    return *(V*)lanes;
+};
+auto keep = [&](char* at, long long step, int n, V x) {
+    alignas(V) T lanes[W];
+    *(V*)lanes = x;
+    if (step == sizeof(T) && n == W) __builtin_memcpy(at, lanes, sizeof(V));
+    else scatter(at, step, n, lanes);
 };
 #endif"""
 
@@ -183,7 +186,7 @@ def _base(rows: Rows, name: str) -> str:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile(name: str, arrays: tuple[tuple[str, bool], ...], snippet: str, precision: torch.dtype) -> Any:
     scalar = scalar_type(precision)
     types: dict[str, Any] = dict.fromkeys(("copy", "time", "first", "last"), wp.int32)

@@ -10,7 +10,9 @@ Reference: Cody and Waite, Software Manual for the Elementary Functions, 1980, c
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 
@@ -59,11 +61,9 @@ _LARGE = {torch.float32: "8192.0f", torch.float64: "1.0e6"}  # beyond, the reduc
 
 
 def statements(outputs: Sequence[Node], precision: torch.dtype) -> tuple[list[str], list[str]]:
-    """C++ statements that compute the outputs, and the expression of each; a value used once stands where it is used."""
+    """C++ statements that compute the outputs, and the expression of each; what is used once stands where it is."""
     order = in_order(outputs)
-    uses: dict[Node, int] = {}
-    for node in (*outputs, *(argument for node in order for argument in node.arguments)):
-        uses[node] = uses.get(node, 0) + 1
+    uses = Counter(chain(outputs, *(node.arguments for node in order)))
     together = {node.arguments[0] for node in order if node.operation == "sin"}
     together &= {node.arguments[0] for node in order if node.operation == "cos"}
     pairs: dict[Node, tuple[str, str]] = {}
@@ -114,7 +114,7 @@ def literal(value: float, precision: torch.dtype) -> str:
 
 
 def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> str:
-    """Types `T`, `V`, `B` and the functions `f_...` that the statements of these outputs use; one lane is plain numbers."""
+    """Types `T`, `V`, `B` and the functions `f_...` that the statements of these outputs use; one lane: plain numbers."""
     operations = {node.operation for node in in_order(outputs)} - TRUTHS - _INFIX.keys()
     operations -= {"input", "constant", "neg", "select"}
     called = sorted(
@@ -158,6 +158,8 @@ def _wide(name: str, precision: torch.dtype) -> str:
         return f"auto f_{name} = [&](V x) -> V {{ V s, c; f_sincos(x, s, c); return {name[0]}; }};\n"
     arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
     if name in _ELEMENTWISE:
-        return f"auto f_{name} = []({arguments}) -> V {{ return __builtin_elementwise_{_ELEMENTWISE[name]}({values}); }};\n"
-    lane = ", ".join(f"T({value}[j])" for value in values.split(", "))
-    return f"auto f_{name} = []({arguments}) -> V {{ V y_; for (int j = 0; j < W; ++j) y_[j] = wp::{name}({lane}); return y_; }};\n"
+        body = f"return __builtin_elementwise_{_ELEMENTWISE[name]}({values});"
+    else:
+        lane = ", ".join(f"T({value}[j])" for value in values.split(", "))
+        body = f"V out; for (int j = 0; j < W; ++j) out[j] = wp::{name}({lane}); return out;"
+    return f"auto f_{name} = []({arguments}) -> V {{ {body} }};\n"

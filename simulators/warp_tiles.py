@@ -3,19 +3,19 @@
     value    y = f(x)                         pull     x* = (df/dx)' l,                  l = carried adjoint + cotangent
     push     dy = (df/dx) dx                  second   (x, dx)* of <l, f(x)> + <m, (df/dx) dx>
 
-Arguments are `each` (own rows at every time), `summed` (one row over all times, whose gradient is summed) or `carried` (the
-state: its gradient is the adjoint that the pass hands to the time before).
+Arguments are `each` (own rows at every time), `summed` (one row for all times, whose gradient is summed) or `carried`
+(the state: its gradient is the adjoint that the pass hands to the time before).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from sim2real.simulators.warp_dual import adjoints, tangents
-from sim2real.simulators.warp_graph import Node
-from sim2real.simulators.warp_language import Translated
+from sim2real.simulators.warp_language import Translated, grouped
 from sim2real.simulators.warp_native import Rows, Store, read, tile_function
 
 Role = Literal["each", "summed", "carried"]
@@ -23,14 +23,15 @@ Role = Literal["each", "summed", "carried"]
 
 @dataclass(frozen=True)
 class Tiles:
-    """Warp functions `(copy, time, first, last, *arrays)` on scalar arrays `[copies, (time,) environments, components]`.
+    """Warp functions `(copy, time, first, last, *arrays)` of scalar arrays `[copies, (time,) environments, length]`.
 
     value    x..., y
     push     x, dx, ..., dy
     pull     x..., cotangent, [adjoint,] x*...
     second   x, dx, ..., cotangent, d_cotangent, [adjoint, d_adjoint,] x*, dx*, ...
 
-    Arrays of summed arguments and of the carried adjoint have no time axis. `x*` of the carried argument is the same array as `adjoint`.
+    Arrays of summed arguments and of the carried adjoint have no time axis; `x*` of the carried argument is the same
+    array as `adjoint`.
     """
 
     value: Any
@@ -53,13 +54,13 @@ def tiles(function: Translated, roles: Sequence[Role]) -> Tiles:
     d_cotangent, d_adjoint = Rows("d_cotangent", width), Rows("d_adjoint", width, False)
     x, d = [read(rows) for rows in xs], [read(rows) for rows in ds]
     y = list(function.value)
-    dy = tangents(y, dict(zip(_flat(x), _flat(d), strict=True)))
+    dy = tangents(y, dict(zip(chain(*x), chain(*d), strict=True)))
     l, m = list(read(cotangent)), list(read(d_cotangent))
     if carried:
         l = [a + b for a, b in zip(l, read(adjoint), strict=True)]
         m = [a + b for a, b in zip(m, read(d_adjoint), strict=True)]
-    pulled = _grouped(adjoints(y, l, _flat(x)), x)
-    second = _grouped(adjoints([*y, *dy], [*l, *m], [*_flat(x), *_flat(d)]), [*x, *d])
+    pulled = grouped(adjoints(y, l, list(chain(*x))), x)
+    second = grouped(adjoints([*y, *dy], [*l, *m], list(chain(*x, *d))), [*x, *d])
     grow = [role == "summed" for role in roles]
 
     def tile(kind: str, reads: Sequence[Rows], stores: Sequence[Store]) -> Any:
@@ -79,12 +80,3 @@ def tiles(function: Translated, roles: Sequence[Role]) -> Tiles:
         tile("pull", [*xs, cotangent, *([adjoint] if carried else [])], grads),
         tile("second", [*paired, cotangent, d_cotangent, *([adjoint, d_adjoint] if carried else [])], both),
     )
-
-
-def _flat(groups: Sequence[Sequence[Node]]) -> list[Node]:
-    return [node for group in groups for node in group]
-
-
-def _grouped(flat: Sequence[Node], like: Sequence[Sequence[Node]]) -> list[tuple[Node, ...]]:
-    rest = iter(flat)
-    return [tuple(next(rest) for _ in row) for row in like]

@@ -34,9 +34,9 @@ from sim2real.bounds import Box
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 from sim2real.simulators.warp_functions import Program, evaluate
-from sim2real.simulators.warp_kernels import reward_kernels, roll_kernels
 from sim2real.simulators.warp_language import Argument, Translated, translate
-from sim2real.simulators.warp_programs import SCALARS, reward_program, roll_program, vector_type
+from sim2real.simulators.warp_programs import reward_program, roll_program
+from sim2real.simulators.warp_tiles import Tiles, tiles
 
 Kernel = Callable[..., Any]
 """a function in Warp's kernel language, or a `wp.func`"""
@@ -158,12 +158,12 @@ def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
         lead = _lead(source, theta, state, action, noise)
         inputs = (_flat(state, lead), _flat(action, lead).unsqueeze(1), _flat(noise, lead).unsqueeze(1))
         (following,) = evaluate(_step_program(source, state.dtype), pack(source, theta, lead, state), *inputs)
-        return following.view(*lead, source.state)
+        return following.reshape(*lead, source.state)
 
     def reward(theta: Params, state: Tensor, action: Tensor, noise: Tensor, following: Tensor) -> Tensor:
         lead = _lead(source, theta, state, action, noise, following)
-        inputs = (_flat(x, lead) for x in (state, action, noise, following))
-        (value,) = evaluate(_reward_program(source, state.dtype), pack(source, theta, lead, state), *inputs)
+        rows = (pack(source, theta, lead, state), *(_flat(x, lead) for x in (state, action, noise, following)))
+        (value,) = evaluate(_reward_program(source, state.dtype), *(x.unsqueeze(1) for x in rows))
         return value.view(lead)
 
     def open_loop(theta: Params, start: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
         over_time = (x.transpose(0, 1).unsqueeze(0) for x in (actions, noise))
         program = _rollout_program(source, start.dtype)
         (states,) = evaluate(program, pack(source, theta, lead, start), start.unsqueeze(0), *over_time)
-        return states[0].transpose(0, 1)
+        return states.squeeze(0).transpose(0, 1)
 
     return replace(
         frame,
@@ -212,31 +212,24 @@ def translated_reward(source: KernelSource, precision: torch.dtype) -> Translate
     return reward
 
 
-def _types(source: KernelSource, precision: torch.dtype) -> list[Any]:
-    return [vector_type(argument.length or 0, precision) for argument in _arguments(source)]
-
-
 @cache
 def _step_program(source: KernelSource, precision: torch.dtype) -> Program:
-    return roll_program(_step_kernels(source, precision), whole=False)
+    return roll_program(_step_tiles(source, precision), whole=False)
 
 
 @cache
 def _rollout_program(source: KernelSource, precision: torch.dtype) -> Program:
-    return roll_program(_step_kernels(source, precision), whole=True)
+    return roll_program(_step_tiles(source, precision), whole=True)
 
 
 @cache
-def _step_kernels(source: KernelSource, precision: torch.dtype) -> Any:
-    step = translated_step(source, precision)
-    return roll_kernels(step.primal, step.dual, _types(source, precision))
+def _step_tiles(source: KernelSource, precision: torch.dtype) -> Tiles:
+    return tiles(translated_step(source, precision), ("summed", "carried", "each", "each"))
 
 
 @cache
 def _reward_program(source: KernelSource, precision: torch.dtype) -> Program:
-    reward = translated_reward(source, precision)
-    following, number = vector_type(source.state, precision), vector_type(1, precision)
-    return reward_program(reward_kernels(reward.primal, reward.dual, [*_types(source, precision), following, number]))
+    return reward_program(tiles(translated_reward(source, precision), ("each",) * 5))
 
 
 def _lead(source: KernelSource, theta: Params, *tensors: Tensor) -> torch.Size:
@@ -248,7 +241,7 @@ def _lead(source: KernelSource, theta: Params, *tensors: Tensor) -> torch.Size:
             raise ValueError(f"{name} has {x.shape[-1]} columns, the model has {length}")
         if x.dtype != state.dtype and length:
             raise TypeError(f"{name} is {x.dtype}, the state {state.dtype}; give all of them in one precision")
-    if state.dtype not in SCALARS:
+    if state.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a Warp model computes in float32 or float64, got states in {state.dtype}")
     missing = [key for key in source.parameters if key not in theta]
     if missing:
@@ -273,7 +266,8 @@ def pack(source: KernelSource, theta: Params, lead: torch.Size, like: Tensor) ->
         values = [_alike(key, theta[key], like) for key in source.parameters]
     if all(value.ndim == 0 for value in values):
         return torch.stack(values).expand(1, prod(lead), len(values))
-    return torch.stack([value.expand(lead) for value in values], -1).reshape(1, prod(lead), len(values))
+    rows = torch.stack([value.expand(lead) for value in values])  # component-major: environments lie side by side
+    return rows.reshape(1, len(values), prod(lead)).transpose(1, 2)
 
 
 def _alike(key: str, value: Tensor, like: Tensor) -> Tensor:

@@ -1,72 +1,32 @@
-"""Launches of Warp kernels on torch tensors, and the `Program`s of a step, a rollout and a reward.
+"""The `Program`s of a step, a rollout and a reward: which arrays each pass over time reads and writes.
 
-Tensors are views, never copies: shared parameters, what `vmap` did not batch and tangents that are zero are rows
-repeated with stride 0. A launch runs on the tensors' device, on torch's current stream. On the CPU large launches are
-cut into slices of environments, one per torch thread; no arithmetic depends on the cut.
+With s_0 given and s_{t+1} = f(theta, s_t, a_t, e_t),
+
+    value    t = 0 .. T-1    s_{t+1} = f(...)
+    push     t = 0 .. T-1    ds_{t+1} = df(...)                                   f on dual numbers
+    pull     t = T-1 .. 0    l <- (df/ds)' (l + g_{t+1}),  theta* += (df/dtheta)' (l + g_{t+1}),  likewise a_t*, e_t*
+    second   t = T-1 .. 0    the same for the pair (s, ds)
+
+The adjoint l stays in one row per environment: memory beyond inputs and outputs does not grow with T. New arrays
+are component-major, viewed as `[C, T, B, n]`: environments lie side by side in memory.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-import warp as wp
 from torch import Tensor
 
 from sim2real.simulators.warp_functions import Program, Tensors, Wanted
-from sim2real.simulators.warp_kernels import Kernels
-
-TILE = 128
-"""environments that a CPU thread takes through time together; times are flat from 64 to 1024"""
-THREADED = 1 << 14
-"""environment steps for each thread below which a launch on the CPU uses fewer threads"""
-SCALARS = {torch.float32: wp.float32, torch.float64: wp.float64}
-"""precisions a model computes in"""
+from sim2real.simulators.warp_kernels import launch, over_time
+from sim2real.simulators.warp_tiles import Tiles
 
 
-def launch(kernel: Any, arrays: Sequence[Tensor], *, copies: int, batch: int, steps: int | None = None) -> None:
-    """Run `kernel(first, last, tile, [steps,] *arrays)` for every copy and environment.
-
-    arrays: `[copies or 1, (steps,) batch, length]`, vectors along the last axis; a length of 0 becomes one zero.
-    """
-    if copies == 0 or batch == 0:
-        return
-    views = [_whole(array, copies) for array in arrays]
-    if copies > batch:  # the longer axis is the one that is tiled
-        views, copies, batch = [view.transpose(0, -2) for view in views], batch, copies
-    device = arrays[0].device
-    scalars = () if steps is None else (steps,)
-    described = [_describe(view) for view in views]
-    if device.type == "cuda":
-        stream = wp.stream_from_torch(torch.cuda.current_stream(device))
-        inputs = [0, batch, 1, *scalars, *described]
-        wp.launch(kernel, dim=(copies, batch), inputs=inputs, device=wp.device_from_torch(device), stream=stream)
-        return
-
-    def run(first: int, last: int) -> None:
-        tiles = -(-(last - first) // TILE)
-        wp.launch(kernel, dim=(copies, tiles), inputs=[first, last, TILE, *scalars, *described], device="cpu")
-
-    work = copies * batch * (steps or 1)
-    threads = max(1, min(torch.get_num_threads(), batch // TILE, work // THREADED))
-    if threads > 1:
-        kernel.module.load(wp.get_device("cpu"))  # before threads could race to compile it
-    cuts = [batch * k // threads for k in range(threads + 1)]
-    helpers = [threading.Thread(target=run, args=cut) for cut in itertools.pairwise(cuts[1:])]
-    for helper in helpers:
-        helper.start()
-    run(cuts[0], cuts[1])
-    for helper in helpers:
-        helper.join()
-
-
-def roll_program(kernels: Kernels, *, whole: bool) -> Program:
+def roll_program(tiles: Tiles, *, whole: bool) -> Program:
     """(theta `[C, B, p]`, start `[C, B, n]`, actions `[C, T, B, m]`, noise `[C, T, B, k]`) -> (states,).
 
-    whole: the states are `[C, T+1, B, n]`, the first is the start; else T = 1 and they are `[C, 1, B, n]`, the next.
+    tiles of a step with theta summed, the state carried, action and noise each. whole: the states are `[C, T+1, B, n]`,
+    the first is the start; else T = 1 and they are `[C, 1, B, n]`, the next.
     """
 
     def before(start: Tensor, states: Tensor) -> Tensor:
@@ -76,7 +36,7 @@ def roll_program(kernels: Kernels, *, whole: bool) -> Program:
         return states[:, 1:] if whole else states
 
     def blank(start: Tensor, steps: int, arguments: Sequence[Tensor]) -> Tensor:
-        states = start.new_empty(_copies(arguments), steps + whole, *start.shape[1:])
+        states = _empty(start, (_copies(arguments), steps + whole, *start.shape[1:]))
         if whole:
             states[:, 0] = start
         return states
@@ -84,19 +44,19 @@ def roll_program(kernels: Kernels, *, whole: bool) -> Program:
     def value(x: Tensors) -> Tensors:
         theta, start, actions, noise = x
         states = blank(start, actions.shape[1], x)
-        _roll(kernels.value, (theta, actions, noise, before(start, states), after(states)), states)
+        _run(tiles.value, (theta, before(start, states), actions, noise, after(states)), after(states))
         return (states,)
 
     def push(x: Tensors, dx: Tensors, y: Tensors) -> Tensors:
         d_states = blank(dx[1], x[2].shape[1], (*x, *dx, *y))
-        motion = (before(x[1], y[0]), before(dx[1], d_states), after(d_states))
-        _roll(kernels.push, (*_paired(x, dx), *motion), d_states)
+        arrays = _alternate(_with_state(x, before(x[1], y[0])), _with_state(dx, before(dx[1], d_states)))
+        _run(tiles.push, (*arrays, after(d_states)), after(d_states))
         return (d_states,)
 
     def pull(x: Tensors, y: Tensors, g: Tensors, wanted: Wanted) -> Tensors:
         grads = _gradients(x, (*x, *y, *g), wanted)
-        theta, start, actions, noise = x
-        _roll(kernels.pull, (theta, actions, noise, before(start, y[0]), after(g[0]), *grads), grads[2])
+        arrays = (*_with_state(x, before(x[1], y[0])), after(g[0]), grads[1], *grads)
+        _run(tiles.pull, arrays, grads[2], backward=True)
         if whole:
             grads[1].add_(g[0][:, 0])
         return _chosen(grads, wanted)
@@ -105,9 +65,9 @@ def roll_program(kernels: Kernels, *, whole: bool) -> Program:
         x, dx, y, dy, g, h = arguments
         every = [t for part in arguments for t in part]
         grads, d_grads = _gradients(x, every, wanted[:4]), _gradients(dx, every, wanted[4:])
-        motion = (before(x[1], y[0]), before(dx[1], dy[0]), after(g[0]), after(h[0]))
-        outputs = _alternate(grads, d_grads)
-        _roll(kernels.second, (*_paired(x, dx), *motion, *outputs), grads[2])
+        inputs = _alternate(_with_state(x, before(x[1], y[0])), _with_state(dx, before(dx[1], dy[0])))
+        adjoints = (after(g[0]), after(h[0]), grads[1], d_grads[1])
+        _run(tiles.second, (*inputs, *adjoints, *_alternate(grads, d_grads)), grads[2], backward=True)
         if whole:
             grads[1].add_(g[0][:, 0])
             d_grads[1].add_(h[0][:, 0])
@@ -116,48 +76,48 @@ def roll_program(kernels: Kernels, *, whole: bool) -> Program:
     return Program(value, push, pull, second)
 
 
-def reward_program(kernels: Kernels) -> Program:
-    """(theta `[C, B, p]`, state, action, noise, following `[C, B, ...]`) -> (reward `[C, B, 1]`,)."""
+def reward_program(tiles: Tiles) -> Program:
+    """(theta, state, action, noise, following, all `[C, 1, B, ...]`) -> (reward `[C, 1, B, 1]`,).
 
-    def run(kernel: Any, arrays: Sequence[Tensor], like: Tensor) -> None:
-        launch(kernel, arrays, copies=like.shape[0], batch=like.shape[1])
+    tiles of a reward with every argument each.
+    """
 
-    def blank(arguments: Sequence[Tensor]) -> Tensor:
-        return arguments[0].new_empty(_copies(arguments), arguments[0].shape[1], 1)
+    def blank(x: Tensors, arguments: Sequence[Tensor]) -> Tensor:
+        return x[0].new_empty(_copies(arguments), *x[0].shape[1:3], 1)
 
     def value(x: Tensors) -> Tensors:
-        reward = blank(x)
-        run(kernels.value, (*x, reward), reward)
+        reward = blank(x, x)
+        _run(tiles.value, (*x, reward), reward)
         return (reward,)
 
     def push(x: Tensors, dx: Tensors, y: Tensors) -> Tensors:
-        d_reward = blank((*x, *dx))
-        run(kernels.push, (*_alternate(x, dx), d_reward), d_reward)
+        d_reward = blank(x, (*x, *dx))
+        _run(tiles.push, (*_alternate(x, dx), d_reward), d_reward)
         return (d_reward,)
 
     def pull(x: Tensors, y: Tensors, g: Tensors, wanted: Wanted) -> Tensors:
         grads = _room(x, (*x, *g), wanted)
-        run(kernels.pull, (*x, *g, *grads), grads[0])
+        _run(tiles.pull, (*x, *g, *grads), grads[0], backward=True)
         return _chosen(grads, wanted)
 
     def second(arguments: tuple[Tensors, ...], wanted: Wanted) -> Tensors:
         x, dx, _, _, g, h = arguments
         every = (*x, *dx, *g, *h)
         grads, d_grads = _room(x, every, wanted[:5]), _room(dx, every, wanted[5:])
-        run(kernels.second, (*_alternate(x, dx), *g, *h, *_alternate(grads, d_grads)), grads[0])
+        _run(tiles.second, (*_alternate(x, dx), *g, *h, *_alternate(grads, d_grads)), grads[0], backward=True)
         return _chosen((*grads, *d_grads), wanted)
 
     return Program(value, push, pull, second)
 
 
-def _roll(kernel: Any, arrays: Sequence[Tensor], like: Tensor) -> None:
-    """Launch over copies, environments and time; `like [C, T or T + 1, B, ...]`."""
-    launch(kernel, arrays, copies=like.shape[0], batch=like.shape[2], steps=arrays[-1].shape[1])
+def _run(tile: object, arrays: Sequence[Tensor], like: Tensor, *, backward: bool = False) -> None:
+    """Launch over the copies, steps and environments of `like [C, T, B, ...]`."""
+    copies, steps, batch = like.shape[:3]
+    launch(over_time(tile, backward=backward), arrays, copies=copies, batch=batch, steps=steps)
 
 
-def _paired(x: Tensors, dx: Tensors) -> Tensors:
-    """Theta, actions and noise, each followed by its tangent."""
-    return _alternate((x[0], x[2], x[3]), (dx[0], dx[2], dx[3]))
+def _with_state(x: Tensors, states: Tensor) -> Tensors:
+    return x[0], states, x[2], x[3]
 
 
 def _alternate(tensors: Tensors, tangents: Tensors) -> Tensors:
@@ -168,37 +128,26 @@ def _copies(tensors: Sequence[Tensor]) -> int:
     return max(t.shape[0] for t in tensors)
 
 
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new array `[..., B, n]` with the environments side by side."""
+    *axes, batch, length = shape
+    return like.new_empty(*axes, length, batch).transpose(-1, -2)
+
+
 def _gradients(x: Tensors, arguments: Sequence[Tensor], wanted: Wanted) -> Tensors:
     """Where a roll adds up the gradients by theta and the start, and writes those by actions and noise."""
-    sums = tuple(t.new_zeros(_copies(arguments), *t.shape[1:]) for t in x[:2])
+    sums = tuple(_empty(t, (_copies(arguments), *t.shape[1:])).zero_() for t in x[:2])
     return *sums, *_room(x[2:], arguments, wanted[2:])
 
 
 def _room(x: Tensors, arguments: Sequence[Tensor], wanted: Wanted) -> Tensors:
-    """Where gradients go; those not wanted all into one row."""
-    shapes = [(_copies(arguments), *t.shape[1:]) for t in x]
-    rows = zip(x, shapes, wanted, strict=True)
-    return tuple(t.new_empty(s) if want else t.new_empty(s[-1:]).expand(s) for t, s, want in rows)
+    """Where gradients `[C, T, B, ...]` are written; those not wanted all into the row of one time."""
+    copies = _copies(arguments)
+    rows = zip(x, wanted, strict=True)
+    return tuple(
+        _empty(t, (copies, t.shape[1] if want else 1, *t.shape[2:])).expand(-1, t.shape[1], -1, -1) for t, want in rows
+    )
 
 
 def _chosen(grads: Tensors, wanted: Wanted) -> Tensors:
     return tuple(grad for grad, want in zip(grads, wanted, strict=True) if want)
-
-
-def _whole(array: Tensor, copies: int) -> Tensor:
-    """The array with every copy and vectors that are contiguous and not empty; copied only if its vectors are not."""
-    if array.shape[-1] == 0:
-        array = array.new_zeros(1).expand(*array.shape[:-1], 1)
-    if array.stride(-1) != 1:
-        array = array.clone(memory_format=torch.contiguous_format)
-    return array.expand(copies, *array.shape[1:])
-
-
-def _describe(array: Tensor) -> Any:
-    dtype = vector_type(array.shape[-1], array.dtype)
-    return wp.from_torch(array, dtype=dtype, requires_grad=False, return_ctype=True)
-
-
-def vector_type(length: int, precision: torch.dtype) -> Any:
-    """Warp's vector of a length; of one unused component for length 0."""
-    return wp.types.vector(max(length, 1), SCALARS[precision])

@@ -1,0 +1,137 @@
+"""Every Warp model of the library against its torch twin: value, VJP, JVP and Hessian products, rollouts, names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from problems import seeded
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+
+from sim2real import ModelMDP, Params, default_params
+
+pytest.importorskip("warp")
+
+from benchmarks.warp_library import LIBRARY, SYSTEMS, points
+
+QUICK = {"integrator": "midpoint", "substeps": 1}
+"""the shortest kernels of a system: what is compiled decides what a test costs"""
+DEFAULT = [name for name, _, _ in SYSTEMS if name != "cartpole"]  # the cart-pole has tests of its own
+
+
+def pair(name: str, options: dict[str, object]) -> tuple[ModelMDP, ModelMDP]:
+    """A Warp model and its torch twin; the house keeps its exact step."""
+    kernel, twin = next(row[1:] for row in LIBRARY if row[0] == name)
+    options = {} if name.startswith("building_rc") else options
+    return kernel(**options), twin(**options)
+
+
+def products(model: ModelMDP, point: tuple[Params, Tensor, Tensor, Tensor]) -> dict[str, list[Tensor]]:
+    """Step and reward with their VJP, JVP and the Hessian product of a random combination, along random directions."""
+    theta, *inputs = point
+    keys, generator = tuple(theta), seeded(9)
+    x = (torch.stack(list(theta.values()), -1), *inputs)
+    # directions in units of the values, so that a stiffness moves as much as a lag does
+    dx = tuple(part.abs().add(0.1) * torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in x)
+    dx = tuple(part.to(x[0]) for part in dx)
+    weights = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(x[0])
+
+    def both(values: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(keys, values.unbind(-1), strict=True))
+        following = model.step(named, *more)
+        return following, model.reward(named, *more, following)
+
+    def scalar(*x: Tensor) -> Tensor:
+        following, reward = both(*x)
+        return (weights * following).sum() + reward.sum()
+
+    argnums = tuple(range(len(x)))
+    value, pushed = jvp(both, x, dx)
+    pulled = vjp(both, *x)[1]((weights, weights[:, 0]))
+    second = jvp(lambda *x: grad(scalar, argnums=argnums)(*x), x, dx)[1]
+    scaled = lambda parts: [part * unit.abs() for part, unit in zip(parts, x, strict=True)]  # per share of the input
+    return {"value": list(value), "jvp": list(pushed), "vjp": scaled(pulled), "hvp": scaled(second)}
+
+
+def agree(kernel: ModelMDP, twin: ModelMDP, tolerance: float, precision: torch.dtype) -> None:
+    """Largest difference of each product below `tolerance` of its largest entry, environment by environment."""
+    point = points(twin, 4, seeded(2))
+    exact = products(twin, point)
+    theta = {key: value.to(precision) for key, value in point[0].items()}
+    found = products(kernel, (theta, *(part.to(precision) for part in point[1:])))
+    for name, parts in exact.items():
+        for ours, theirs in zip(found[name], parts, strict=True):
+            assert ours.dtype == precision
+            if theirs.numel():
+                worst = float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3))
+                assert worst < tolerance, f"{name}: {worst}"
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_derivatives_match_the_torch_twin(name: str) -> None:
+    agree(*pair(name, QUICK), 1e-10, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["double_pendulum", "planar_quadrotor"])
+def test_derivatives_match_the_torch_twin_in_single_precision(name: str) -> None:
+    agree(*pair(name, QUICK), 1e-4, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", [row[0] for row in LIBRARY])
+def test_derivatives_of_all_variants_match_the_torch_twin(name: str, precision: torch.dtype) -> None:
+    agree(*pair(name, {}), 1e-10 if precision == torch.float64 else 1e-4, precision)
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_a_rollout_in_one_piece_equals_the_steps_of_the_twin(name: str) -> None:
+    kernel, twin = pair(name, QUICK)
+    theta, state, action, e = points(twin, 3, seeded(5))
+    actions, noise = (part[:, None] * torch.linspace(0.5, 1.0, 6)[:, None].to(part) for part in (action, e))
+    assert kernel.open_loop is not None
+    path = [state]
+    for t in range(6):
+        path.append(twin.step(theta, path[-1], actions[:, t], noise[:, t]))
+    exact = torch.stack(path, 1)
+    torch.testing.assert_close(kernel.open_loop(theta, state, actions, noise), exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [row[0] for row in LIBRARY])
+def test_names_units_bounds_and_options_are_those_of_the_twin(name: str) -> None:
+    factory, torch_factory = next(row[1:] for row in LIBRARY if row[0] == name)
+    kernel, twin = factory(), torch_factory()
+    for part in ("names", "units", "box", "dt", "discount", "noise_dims", "exogenous_dim"):
+        assert getattr(kernel, part) == getattr(twin, part)
+    assert kernel.derivative_order == 2
+    plain = [function.func if isinstance(function, partial) else function for function in (factory, torch_factory)]
+    ours, theirs = (inspect.signature(function).parameters for function in plain)
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+    e0 = torch.randn(2, twin.noise_dims[0], generator=seeded(1), dtype=torch.float64)
+    theta = default_params(twin.box)
+    torch.testing.assert_close(kernel.initial_state(theta, e0), twin.initial_state(theta, e0))
+    seen = [m.observe(theta, e0) if m.observe else e0 for m in (kernel, twin)]
+    assert torch.equal(*seen)
+
+
+WRONG: list[tuple[str, dict[str, object], str]] = [
+    ("pendulum", {"dt": 0.0}, "dt must be a positive"),
+    ("double_pendulum", {"parameters": "urdf"}, "parameters must be 'base' or 'physical'"),
+    ("quadrotor", {"frame": "hexa"}, "frame must be 'plus' or 'cross'"),
+    ("planar_quadrotor", {"integrator": "semi_implicit"}, "integrator must be one of"),
+    ("dynamic_bicycle", {"tyre": "brush"}, "tyre must be 'linear' or 'pacejka'"),
+    ("building_rc", {"order": 4}, "order must be 1, 2 or 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG, ids=[row[0] for row in WRONG])
+def test_wrong_options_are_named(name: str, options: dict[str, object], message: str) -> None:
+    kernel: Callable[..., ModelMDP] = next(row[1] for row in LIBRARY if row[0] == name)
+    with pytest.raises(ValueError, match=message):
+        kernel(**options)

@@ -114,7 +114,7 @@ def literal(value: float, precision: torch.dtype) -> str:
 
 
 def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> str:
-    """Types `T`, `V`, `B` and the functions `f_...` that the statements of these outputs use; one lane: plain numbers."""
+    """Types `T`, `V`, `B` and the functions `f_...` that these outputs use; one lane: plain numbers."""
     operations = {node.operation for node in in_order(outputs)} - TRUTHS - _INFIX.keys()
     operations -= {"input", "constant", "neg", "select"}
     called = sorted(
@@ -124,12 +124,11 @@ def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> s
     plain = "".join(_plain(name) for name in called)
     if lanes == 1:
         return f"using T = {ctype}; using V = T; using B = bool; constexpr int W = 1;\n{plain}"
-    whole = "int" if precision == torch.float32 else "long long"
     wide = "".join(_wide(name, precision) for name in called)
     return (
         f"using T = {ctype};\n#if defined(__CUDA_ARCH__)\nusing V = T; using B = bool; constexpr int W = 1;\n{plain}"
         f"#else\nconstexpr int W = {lanes};\ntypedef T V __attribute__((ext_vector_type({lanes})));\n"
-        f"typedef {whole} I __attribute__((ext_vector_type({lanes})));\nusing B = I;\n{wide}#endif\n"
+        f"using I = decltype(V() < V()); using B = I;\n{wide}#endif\n"
     )
 
 

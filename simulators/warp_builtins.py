@@ -133,6 +133,8 @@ def componentwise(operation: Callable[[Any, Any], Any], name: str) -> Callable[[
 def _scalar(name: str) -> Callable[..., Value]:
     def call(*values: Value) -> Value:
         need_numbers(f"wp.{name}", *values)
+        if len(values) != (2 if name == "atan2" else 1):
+            raise Mismatch(f"wp.{name} of {len(values)} numbers")
         return apply(name, *values)
 
     return call

@@ -11,6 +11,15 @@ tangent and the adjoints of both (`warp_dual`) and hands them back as Warp funct
 
 Both sides of an `if` are computed and one is chosen; the derivative of the other never enters, not even as nan. What
 is not known is a `WarpLanguageError` that names the file, the line, what was found and what to write instead.
+
+Why loops of variable length are refused, and why nothing is left to Warp's own adjoint. In the reverse pass of Warp
+(1.19) the body of a dynamic loop is replayed once, without the jump back: what a loop leaves behind is, for all that
+follows, the value after a single iteration, and inside it a carried variable does not have the value it had. So sums
+that nothing reads (`s += x * x`) are right; wrong without a word are products (`s = s * x`), states carried in a local,
+a `break`, constant loops longer than the `max_unroll` of the module, a loop that overwrites an array, and any second
+loop that reads what a first one computed. That one gives zeros where the first iteration leaves zero: a count that
+bounds it, or `for j in range(n): s += float(j)` before `for j in range(n): p += s * x`. Here a loop is unrolled or
+refused.
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ from sim2real.simulators.warp_algebra import Vector, describe, is_number, parts
 from sim2real.simulators.warp_dual import adjoints, tangents
 from sim2real.simulators.warp_expressions import WarpLanguageError
 from sim2real.simulators.warp_graph import Node, as_node, variable
-from sim2real.simulators.warp_native import native_function, unstacked
+from sim2real.simulators.warp_native import native_function, scalar_type, unstacked
 from sim2real.simulators.warp_reader import run_function
 
 __all__ = ["Argument", "Translated", "WarpLanguageError", "grouped", "translate"]
@@ -73,6 +82,7 @@ def translate(
     `function(x, ...)` takes the declared arguments in order and returns a number or a vector. Raises
     `WarpLanguageError` with file and line for what cannot be translated.
     """
+    scalar_type(precision)  # refuses others before the function is read
     inputs = [_components(argument, f"x_{argument.name}") for argument in arguments]
     moves = [_components(argument, f"d_{argument.name}") if argument.active else () for argument in arguments]
     values = [

@@ -34,11 +34,13 @@ def exponentials(a, b):
 
 
 def kinks(a, b):
-    return wp.abs(b[0]) * a[0], wp.min(a[0], b[1]), wp.max(a[1], b[2]), wp.clamp(a[2] * 2.0, 0.6, a[3] + 1.0), abs(b[3])
+    clamped = wp.clamp(a[2] * 2.0, 0.6, a[3] + 1.0)
+    return wp.abs(b[0]) * a[0], wp.min(a[0], b[1]), wp.max(a[1], b[2]), clamped, abs(b[3])
 
 
 def steps(a, b):
-    return wp.sign(b[0]) * a[0], wp.floor(5.0 * b[1]) * b[1], wp.ceil(3.0 * b[2]) + a[2], wp.where(b[0] > 0.0, a[0], b[1])
+    chosen = wp.where(b[0] > 0.0, a[0], b[1])
+    return wp.sign(b[0]) * a[0], wp.floor(5.0 * b[1]) * b[1], wp.ceil(3.0 * b[2]) + a[2], chosen
 
 
 def branches(a, b):
@@ -129,8 +131,8 @@ def matrices(a, b):
     q = wp.mat44(0.5)
     q[0, 1] = b[0]
     q[2, 2] = a[1] + q[1, 1]
-    row = wp.transpose(m)[1]
-    return wp.determinant(m), u[0], u[2], o[0, 1], o[1, 0], wp.determinant(k * 2.0), wp.trace(m @ m), row[0], wp.determinant(q)
+    d, row = wp.determinant(k * 2.0), wp.transpose(m)[1]
+    return wp.determinant(m), u[0], u[2], o[0, 1], o[1, 0], d, wp.trace(m @ m), row[0], wp.determinant(q)
 
 
 def rotations(a, b):
@@ -268,6 +270,7 @@ def twins(a: Tensor, b: Tensor) -> dict[str, Tensor]:
             torch.linalg.det(big),
         ),
         "rotations": torch.cat(
-            [turned[..., [0, 3]], _rotated(turned, u), _rotated(_conjugate(rotation), u), columns[..., [0, 2], [1, 0]]], -1
+            [turned[..., [0, 3]], _rotated(turned, u), _rotated(_conjugate(rotation), u), columns[..., [0, 2], [1, 0]]],
+            -1,
         ),
     }

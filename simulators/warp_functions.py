@@ -84,7 +84,7 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         call, tensors = ctx.call, saved(ctx)
         x, y = tensors[: call.count], tensors[call.count :]
-        return None, *_pull(call.program, x, y, g, ctx.needs_input_grad[1:])
+        return None, *_pull(call.program, x, y, _filled(g, y), ctx.needs_input_grad[1:])
 
     @staticmethod
     @forward_rule
@@ -114,11 +114,12 @@ class _Push(torch.autograd.Function):
     def backward(ctx: Any, *h: Tensor) -> tuple[Tensor | None, ...]:
         call, tensors, m = ctx.call, saved(ctx), len(h)
         (x, y, dx), dy = _split(tensors[:-m], call.count, -call.count), tensors[-m:]
+        cotangents = _filled(h, dy)
         by_x, _, by_dx = _split(ctx.needs_input_grad[1:], call.count, -call.count)
         if any(by_x):
-            grads = _second(call.program, (x, dx, y, dy, _zeros(y), h), (*by_x, *by_dx))
+            grads = _second(call.program, (x, dx, y, dy, _zeros(y), cotangents), (*by_x, *by_dx))
         else:
-            grads = (None,) * len(x) + _pull(call.program, x, y, h, by_dx, like=dx)
+            grads = (None,) * len(x) + _pull(call.program, x, y, cotangents, by_dx, like=dx)
         return None, *grads[: call.count], *(None for _ in y), *grads[call.count :]
 
     @staticmethod
@@ -245,6 +246,7 @@ def _second(
 
 def _keep(ctx: Any, values: tuple[Any, ...]) -> None:
     ctx.call, *tensors = values
+    ctx.set_materialize_grads(False)  # None says that there is no tangent; zeros would cost a pass
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 

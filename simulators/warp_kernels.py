@@ -50,7 +50,7 @@ def launch(kernel: Any, arrays: Sequence[Tensor], *, copies: int, batch: int, st
     """Run a kernel of `over_time` for every copy and environment; arrays `[copies or 1, (steps,) batch, length]`."""
     if copies == 0 or batch == 0:
         return
-    views = [array.expand(copies, *array.shape[1:]) for array in arrays]
+    views = [array if len(array) == copies else array.expand(copies, *array.shape[1:]) for array in arrays]
     if copies > batch:  # the longer axis is the one that is tiled
         views, copies, batch = [view.transpose(0, -2) for view in views], batch, copies
     scalar, device = scalar_type(arrays[0].dtype), arrays[0].device

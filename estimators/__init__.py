@@ -20,6 +20,7 @@ from sim2real.estimators.certificate import Certificate, certify
 from sim2real.estimators.counterfactual import counterfactual_gradient
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
+from sim2real.estimators.empirical_kernel import empirical_transition, tilted_transition, transition_counts
 from sim2real.estimators.equivalence import (
     Condition,
     EquivalenceError,
@@ -34,12 +35,14 @@ from sim2real.estimators.finite_difference import finite_difference_gradient
 from sim2real.estimators.fitted_follower import fit_linear_follower, fit_soft_value
 from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.hessian_free import hessian_free_gradient
+from sim2real.estimators.leader_ascent import annealed_temperature, best_of_restarts, natural_softmax_step
 from sim2real.estimators.leader_critic import inverse_noise_weights
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
 from sim2real.estimators.mixed import CrossTerm, mixed_gradient
 from sim2real.estimators.model_critic import ModelCritic, model_critic
+from sim2real.estimators.neural_features import random_features, returns_to_go, trained_features
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.policy_sensitivity import policy_sensitivity
 from sim2real.estimators.sampled_equivalence import (
@@ -52,6 +55,7 @@ from sim2real.estimators.score_function import score_function_gradient
 from sim2real.estimators.score_sensitivity import score_sensitivity
 from sim2real.estimators.soft_sensitivity import soft_sensitivity
 from sim2real.estimators.soft_value import soft_action_value, soft_consistency, soft_return
+from sim2real.estimators.stackelberg import stackelberg_gradient
 from sim2real.estimators.stackelberg_tables import seen_leader_tables, stackelberg_tables_gradient, unseen_leader_tables
 from sim2real.estimators.straight_through import straight_through_gradient
 from sim2real.estimators.transitions import Transitions, merge_transitions, transitions
@@ -74,8 +78,10 @@ __all__ = [
     "Transitions",
     "action_sensitivity",
     "all_action_gradient",
+    "annealed_temperature",
     "audit",
     "auto_sensitivity",
+    "best_of_restarts",
     "boltzmann_covariance_gradient",
     "boltzmann_tables_gradient",
     "certify",
@@ -83,6 +89,7 @@ __all__ = [
     "counterfactual_gradient",
     "critic_baseline",
     "critic_gauss_newton",
+    "empirical_transition",
     "equivalence_gap",
     "explicit_sensitivity",
     "finite_difference_gradient",
@@ -101,12 +108,15 @@ __all__ = [
     "mixed_gradient",
     "model_critic",
     "modified_reward",
+    "natural_softmax_step",
     "no_baseline",
     "pathwise_gradient",
     "pointwise_sensitivity",
     "policy_sensitivity",
     "quadratic_features",
     "quadratic_states",
+    "random_features",
+    "returns_to_go",
     "rollout_q_values",
     "sampled_conditions",
     "sampled_equivalence_gap",
@@ -119,10 +129,14 @@ __all__ = [
     "soft_return",
     "soft_sensitivity",
     "square_states",
+    "stackelberg_gradient",
     "stackelberg_tables_gradient",
     "state_baseline",
     "straight_through_gradient",
+    "tilted_transition",
     "time_baseline",
+    "trained_features",
+    "transition_counts",
     "transitions",
     "unseen_leader_tables",
 ]

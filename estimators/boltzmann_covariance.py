@@ -54,6 +54,8 @@ from sim2real.rollout import Rollout
 
 Start = Callable[[Params], tuple[Tensor, Tensor]]
 """theta -> states `[M, n]` and shares `[M]`, which sum to 1: draws of the start law, or all of a finite one"""
+Following = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
+"""theta, s, a, s' -> s' with its derivative in theta at fixed noise"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class CriticOptions:
     folds: int = 1
     guiding: Literal["summed", "taken"] = "summed"
     centring: Literal["double", "single"] = "double"
+    leader_value: Callable[[Tensor], Tensor] | None = None
+    """s `[N, n]` -> V_L `[N]`, in place of the critic (of a fitted model, say); differentiable for pathwise sources"""
+    leader_q: Callable[[Tensor, Tensor], Tensor] | None = None
+    """s, a -> Q_L `[N]` at the states of the transitions in their order, in place of the critic; `kind="action"`"""
 
 
 def boltzmann_covariance_gradient(
@@ -88,6 +94,8 @@ def boltzmann_covariance_gradient(
     actions: Tensor | None = None,
     weights: Tensor | None = None,
     start: Start | None = None,
+    following: Following | None = None,
+    first: Callable[[Params], Tensor] | None = None,
 ) -> Estimate:
     """grad J in theta from on-policy transitions with the leader's rewards; `value` the discounted return.
 
@@ -96,7 +104,9 @@ def boltzmann_covariance_gradient(
     Of `task` only the rewards' derivatives and `step` at zero noise (pathwise) or `log_prob` (score) are used.
     `weights [N]` of the outer sum, None: `gamma_L^t / episodes`. `start`: points and shares of the start law, which
     theta may move: adds its gradient, and the outer sum then runs over the visits from there as the value critic sees
-    them, which removes the sampling error of the recorded first states.
+    them, which removes the sampling error of the recorded first states. `following`: how s' moves with theta, in place
+    of `step` at zero noise. `first`: the recorded first states `[E, n]` as theta moves them, or their log density
+    `[E]`, where neither `start` nor `weights` is given.
     info: "outer_weights" `[N]` and "source_worth" `[N]`, w and y above.
     Raises `ValueError` for options that do not fit, a gradient that is not finite or misses theta; `CriticError` as
     `bellman_operator` does.
@@ -108,10 +118,10 @@ def boltzmann_covariance_gradient(
         raise ValueError('kind="state" needs the derivative of s\' at actions not taken: use source="pathwise"')
     leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
     fixed = {key: value.detach() for key, value in nu.items()}
-    seen = _seen(task, policy, leaves, fixed, transitions(data), soft_value, options, actions)
+    seen = _seen(task, policy, leaves, fixed, transitions(data), soft_value, options, actions, following)
     with torch.enable_grad():
-        first = None if start is None else _mean_features(options.value_features, *start(leaves))
-    outer = _outer(seen, weights, first)
+        begin = None if start is None else _mean_features(options.value_features, *start(leaves))
+    outer = _outer(seen, weights, begin)
     guide = (
         _action_form(seen, outer / temperature) if options.kind == "action" else _state_form(seen, outer / temperature)
     )
@@ -120,8 +130,10 @@ def boltzmann_covariance_gradient(
         surrogate = (outer * leader).sum() + (guide.worth * follower).sum()
         if guide.points is not None and guide.share is not None:
             surrogate = surrogate + (guide.share * _follower_source(seen, *guide.points)).sum()
+        if begin is not None:
+            surrogate = surrogate + begin @ seen.value_weights.mean(0)
         if first is not None:
-            surrogate = surrogate + first @ seen.value_weights.mean(0)
+            surrogate = surrogate + _first_term(seen, first(leaves))
         grad = pull(surrogate, leaves)
     info = {"outer_weights": outer, "source_worth": guide.worth}
     return Estimate((outer * seen.data.rewards).sum(), grad, info)
@@ -139,6 +151,7 @@ class _Seen:
     soft_value: Callable[[Tensor], Tensor]
     options: CriticOptions
     actions: Tensor | None
+    following: Following | None
     alive: Tensor
     """`[N]`, 0 at the end of an episode"""
     row_weights: Tensor
@@ -157,6 +170,7 @@ def _seen(
     soft_value: Callable[[Tensor], Tensor],
     options: CriticOptions,
     actions: Tensor | None,
+    following: Following | None,
 ) -> _Seen:
     rows = options.row_weights if options.row_weights is not None else torch.ones_like(data.rewards)
     if rows.shape != data.rewards.shape:
@@ -164,7 +178,7 @@ def _seen(
     alive = (~data.ended).to(data.rewards.dtype)
     operator = _value_operator(data, alive, rows, task.discount, options)
     values = solve(operator, data.rewards)
-    return _Seen(task, policy, theta, nu, data, soft_value, options, actions, alive, rows, operator, values)
+    return _Seen(task, policy, theta, nu, data, soft_value, options, actions, following, alive, rows, operator, values)
 
 
 def _value_operator(
@@ -183,6 +197,22 @@ def _mean_features(features: StateFeatures, states: Tensor, shares: Tensor) -> T
     return shares @ features(states)
 
 
+def _first_term(seen: _Seen, first: Tensor) -> Tensor:
+    """Mean of V_L(s_0) over the recorded first states, given moving `[E, n]`, or by their log density `[E]`."""
+    states = seen.data.initial_states
+    if first.ndim == 2:
+        return _leader_value_at(seen, first).mean()
+    value = _leader_value_at(seen, states).detach()
+    return ((value - value.mean()) * first).mean()
+
+
+def _leader_value_at(seen: _Seen, states: Tensor) -> Tensor:
+    """V_L of states that are not those of the transitions."""
+    if seen.options.leader_value is not None:
+        return seen.options.leader_value(states)
+    return seen.options.value_features(states) @ seen.value_weights.mean(0)
+
+
 def _outer(seen: _Seen, weights: Tensor | None, first: Tensor | None) -> Tensor:
     """w `[N]` of the outer sum."""
     data = seen.data
@@ -197,6 +227,9 @@ def _outer(seen: _Seen, weights: Tensor | None, first: Tensor | None) -> Tensor:
 
 
 def _leader_value(seen: _Seen, states: Tensor) -> Tensor:
+    """V_L at the next state of each transition."""
+    if seen.options.leader_value is not None:
+        return seen.options.leader_value(states)
     return read(seen.value_weights, seen.options.value_features(states), seen.operator.fold)
 
 
@@ -217,6 +250,8 @@ def _follower_source(seen: _Seen, states: Tensor, actions: Tensor, following: Te
 
 def _moved(seen: _Seen, states: Tensor, actions: Tensor, following: Tensor) -> Tensor:
     """s', with the derivative of the model's mean in theta."""
+    if seen.following is not None:
+        return seen.following(seen.theta, states, actions, following)
     mean = seen.task.follower.step(seen.theta, states, actions, _no_noise(seen, states))
     return following + mean - mean.detach()
 
@@ -272,9 +307,13 @@ def _action_form(seen: _Seen, scale: Tensor) -> _Guide:
     build = lambda discount: bellman_operator(taken, ahead, seen.row_weights, discount, fold, ridge=options.ridge)
     operator, inner = _operators(seen, build)
     weights = solve(operator, data.rewards)
+    leader_q = options.leader_q
     nodes, shares = leader_nodes(seen.policy, seen.nu, data.states, seen.actions)
     psi = [*(options.features(data.states, action) for action in nodes), taken]
-    q = torch.stack([read(weights, rows, fold) for rows in psi])
+    if leader_q is None:
+        q = torch.stack([read(weights, rows, fold) for rows in psi])
+    else:
+        q = torch.stack([leader_q(data.states, action) for action in (*nodes, data.actions)]).detach()
     z = _contrasts(q, shares, scale, options)
     return _Guide(worth(inner, _functional(z, psi, inner)))
 

@@ -126,7 +126,7 @@ def quadratic_action_features(states: Tensor, actions: Tensor) -> Tensor:
 def leader_nodes(policy: Policy, nu: Params, states: Tensor, actions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Actions `[K, N, m]` and probabilities `[K, N]` over which the policy's action is summed out.
 
-    `actions [K, m]`: all of a finite set. None: where up to three noise columns move the action smoothly, the 3-point
+    `actions [K, m]`: all of a finite set. None: where two or three noise columns move the action smoothly, the 3-point
     Gauss-Hermite grid, exact to degree 5, so that it is exact for the covariance of two quadratics; else `noise_nodes`.
     """
     if actions is not None:
@@ -139,7 +139,7 @@ def leader_nodes(policy: Policy, nu: Params, states: Tensor, actions: Tensor | N
 
 
 def _grid(policy: Policy, nu: Params, states: Tensor) -> tuple[Tensor, Tensor]:
-    if not 1 <= policy.noise_dim <= 3:
+    if not 2 <= policy.noise_dim <= 3:  # `noise_nodes` has 9 Gauss-Hermite points for one column
         return noise_nodes(policy, nu, states)
     probe = states.new_zeros(policy.noise_dim, requires_grad=True)
     with torch.enable_grad():

@@ -49,7 +49,7 @@ def gradient(problem: Instance, tables: Callable[[Params], ConfigurableTables], 
         "leader_discount": problem.leader_discount,
         "follower_discount": problem.follower_discount,
     } | changed
-    return boltzmann_tables_gradient(tables, problem.theta, **inputs).grad["x"]  # type: ignore[arg-type]
+    return boltzmann_tables_gradient(tables, problem.theta, **inputs).grad["x"]
 
 
 def frozen(tables: Callable[[Params], ConfigurableTables], *names: str) -> Callable[[Params], ConfigurableTables]:
@@ -237,7 +237,7 @@ def test_options_that_do_not_fit() -> None:
         boltzmann_covariance_gradient(
             world(problem), policy, problem.theta, {"q": log_pi}, data, temperature=1.0,
             soft_value=lambda s: s[:, 0], critics=critics, actions=torch.arange(3.0, dtype=torch.float64).unsqueeze(-1),
-            **{"source": "score"} | options,  # type: ignore[arg-type]
+            **{"source": "score"} | options,
         )  # fmt: skip
 
     good = CriticOptions(lambda s, a: one_hot(15)(3 * s + a), one_hot(5), row_weights=rows)

@@ -33,7 +33,8 @@ class Quaternion:
     items: tuple[Real, ...]  # x, y, z, w
 
 
-Value = Real | Vector | Matrix | Quaternion | tuple[Any, ...]
+Value = Any
+"""a Real, Vector, Matrix, Quaternion or tuple of values; the form is checked where values meet"""
 
 
 class Mismatch(TypeError):

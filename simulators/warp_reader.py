@@ -52,7 +52,7 @@ def run_function(
 
 def _read(function: Any, callers: tuple[Any, ...]) -> tuple[Scope, list[ast.stmt], inspect.Signature]:
     """Scope, statements and signature of a function."""
-    plain = getattr(function, "func", None) or function if isinstance(function, wp.Function) else function
+    plain: Any = getattr(function, "func", None) or function if isinstance(function, wp.Function) else function
     code = getattr(plain, "__code__", None)
     if code is None or plain.__name__ == "<lambda>":
         raise WarpLanguageError(f"{function!r}: not a function written with `def`; write `def step(...)` in a file")

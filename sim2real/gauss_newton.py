@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 
 from sim2real.misfit import Misfit, Rolled, linearize, roll_windows, start_columns
 from sim2real.params import ravel, unravel
-from sim2real.roll import Path, adjoint_roll, observe, tangent_roll
+from sim2real.roll import Path, adjoint_roll, observe, step_jacobians, tangent_roll
 from sim2real.solvers.least_squares import Objective, QuadraticModel, soft_l1
 from sim2real.unknowns import local_columns
 
@@ -96,6 +96,13 @@ def _adjoint_model(
     return QuadraticModel(weight * adjoint(w * rows) + pull, product, weight**2 * diagonal + precision)
 
 
+def _transitions(misfit: Misfit, rolled: Rolled) -> Tensor:
+    """ds_{t+1}/ds_t of all steps `[T, W, n, n]`."""
+    flat = (part.flatten(0, 1) for part in (rolled.states[:-1], rolled.actions, misfit.windows.noise))
+    steps = step_jacobians(misfit.mdp, rolled.values.theta, (), *flat)
+    return steps.state.unflatten(0, rolled.actions.shape[:2])
+
+
 def jacobian_products(misfit: Misfit, rolled: Rolled) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """`v [P] -> J v [W, R q]` and `u [W, R q] -> J'u [P]` of all windows, theta by tangent and adjoint rolls."""
     unknowns, windows, channels = misfit.unknowns, misfit.windows, misfit.channels
@@ -103,7 +110,7 @@ def jacobian_products(misfit: Misfit, rolled: Rolled) -> tuple[Callable[[Tensor]
     J_few, index = few.jacobian.flatten(1, 2), local_columns(unknowns)[windows.episode, unknowns.count :]
     like = {key: unknowns.theta[key] for key in unknowns.free}
     theta, states, rows = rolled.values.theta, rolled.states, windows.rows
-    path = Path(states, rolled.actions, windows.noise, few.A)
+    path = Path(states, rolled.actions, windows.noise, few.A if few.A is not None else _transitions(misfit, rolled))
     pushed = rolled.actions.new_zeros(rolled.actions.shape)
     start_by_theta = (
         start_columns(misfit, rolled, unknowns.free, pushed)[..., : unknowns.count] if windows.warm > 1 else None

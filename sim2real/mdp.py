@@ -6,7 +6,7 @@ measured inputs (weather, demand) in physical units, so the same noise gives the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +43,24 @@ class ClosedLoop:
 
 
 @dataclass(frozen=True)
+class ForwardSensitivity:
+    """An engine's own derivatives of a rollout with respect to shared parameters and the start, for exactly this step.
+
+    A fit takes it where the model still has this step.
+    """
+
+    run: Callable[
+        [Params, Sequence[str], tuple[Tensor, Tensor, Tensor, Tensor | None], Sequence[int]],
+        tuple[Tensor, Tensor] | None,
+    ]
+    """theta, names of d scalars in it, (s `[T+1, W, n]`, a `[T, W, m]`, e `[T, W, k]`, da `[T, W, m]` or None), rows
+
+    -> `[R, W, n, d (+ 1)]` (the last column along da) and d s / d s_0 `[R, W, n, n]` at those rows; None: cannot
+    """
+    step: Callable[[Params, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class ModelMDP:
     """A simulator as pure functions of theta. theta values have shape `[...]` (shared) or `[B, ...]` (per environment).
 
@@ -71,6 +89,8 @@ class ModelMDP:
     """theta, s0, a `[B, T, m]`, e `[B, T, k]` -> s `[B, T+1, n]`, an engine-fused rollout"""
     closed_loop: ClosedLoop | None = None
     """an engine-fused rollout of a linear or layered policy"""
+    sensitivity: ForwardSensitivity | None = None
+    """engine-fused derivatives of `open_loop`"""
     derivative_order: Literal[0, 1, 2] = 2
     """what `step` can truly give: 0 black box, 1 first order, 2 second order"""
     exogenous_dim: int = 0

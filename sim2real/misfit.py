@@ -19,11 +19,10 @@ from sim2real.delay import delayed_actions
 from sim2real.mdp import ModelMDP
 from sim2real.roll import (
     WarmUp,
-    forward_sensitivity,
     observe,
     observe_jacobians,
     roll,
-    step_jacobians,
+    roll_sensitivities,
     warm_start,
     warm_start_jacobians,
 )
@@ -142,8 +141,8 @@ class Linearized:
 
     jacobian: Tensor
     growth: Tensor
-    A: Tensor
-    """`[T, W, n, n]`"""
+    A: Tensor | None
+    """`[T, W, n, n]` of the steps, where they were formed"""
 
 
 def linearize(misfit: Misfit, rolled: Rolled, free: Sequence[str] | None = None) -> Linearized:
@@ -151,25 +150,22 @@ def linearize(misfit: Misfit, rolled: Rolled, free: Sequence[str] | None = None)
     unknowns, windows, channels = misfit.unknowns, misfit.windows, misfit.channels
     free = unknowns.free if free is None else free
     states, theta = rolled.states, rolled.values.theta
-    T, W = windows.steps, states.shape[1]
-    flat = (states[:-1].flatten(0, 1), rolled.actions.flatten(0, 1), windows.noise.flatten(0, 1))
-    steps = step_jacobians(misfit.mdp, theta, free, *flat, wrt_action=unknowns.delay)
-    A, B = steps.state.unflatten(0, (T, W)), steps.params.unflatten(0, (T, W))
-    pushed = rolled.actions.new_zeros(())
-    if steps.action is not None and rolled.values.delay is not None:
+    path, rows, W = (states, rolled.actions, windows.noise), windows.rows.tolist(), states.shape[1]
+    pushed = None
+    if unknowns.delay and rolled.values.delay is not None:
         pushed = _pushed(misfit, rolled.values.delay)
-        B = torch.cat([B, steps.action.unflatten(0, (T, W)) @ pushed.unsqueeze(-1)], -1)
-    S, Phi = forward_sensitivity(A, B, windows.rows.tolist())
+    rolling = roll_sensitivities(misfit.mdp, theta, free, path, rows, pushed)
+    S, Phi = rolling.params, rolling.start
     C, D = observe_jacobians(misfit.mdp, theta, free, states[windows.rows].flatten(0, 1))
     C, D = (part[:, channels.observed].unflatten(0, (len(windows.rows), W)) for part in (C, D))
     growth = C @ Phi
-    jacobian = growth @ start_columns(misfit, rolled, free, pushed)
-    jacobian[..., : B.shape[-1]] += C @ S
+    jacobian = growth @ start_columns(misfit, rolled, free, rolled.actions.new_zeros(()) if pushed is None else pushed)
+    jacobian[..., : S.shape[-1]] += C @ S
     jacobian[..., : D.shape[-1]] += D
     if unknowns.zero.shape[1]:
-        first = B.shape[-1]
+        first = S.shape[-1]
         jacobian[..., first : first + len(channels.signals)] += torch.eye(len(channels.signals)).to(jacobian)
-    return Linearized(jacobian.transpose(0, 1), growth.transpose(0, 1), A)
+    return Linearized(jacobian.transpose(0, 1), growth.transpose(0, 1), rolling.A)
 
 
 def start_error_growth(misfit: Misfit, linearized: Linearized) -> Tensor:

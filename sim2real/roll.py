@@ -142,6 +142,45 @@ def forward_sensitivity(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tens
 
 
 @dataclass(frozen=True)
+class Sensitivities:
+    """Derivatives of the states of a roll, at R of its rows."""
+
+    params: Tensor
+    """`[R, W, n, d]` by the free parameters, then along the change of the actions if one was given"""
+    start: Tensor
+    """`[R, W, n, n]`"""
+    A: Tensor | None
+    """`[T, W, n, n]` ds_{t+1}/ds_t; None where the model's engine kept them to itself"""
+
+
+def roll_sensitivities(
+    mdp: ModelMDP,
+    theta: Params,
+    free: Sequence[str],
+    path: tuple[Tensor, Tensor, Tensor],
+    rows: Sequence[int],
+    d_actions: Tensor | None = None,
+) -> Sensitivities:
+    """Derivatives of a roll: path is its states `[T+1, W, n]`, actions `[T, W, m]` and noise `[T, W, k]`.
+
+    `d_actions [T, W, m]`: a change of the actions whose effect is one more column.
+    """
+    states, actions, noise = path
+    engine = mdp.sensitivity
+    if engine is not None and engine.step is mdp.step and all(value.ndim == 0 for value in theta.values()):
+        found = engine.run(theta, free, (*path, d_actions), rows)
+        if found is not None:
+            return Sensitivities(*found, None)
+    T, W = actions.shape[:2]
+    flat = (states[:-1].flatten(0, 1), actions.flatten(0, 1), noise.flatten(0, 1))
+    steps = step_jacobians(mdp, theta, free, *flat, wrt_action=d_actions is not None)
+    A, B = steps.state.unflatten(0, (T, W)), steps.params.unflatten(0, (T, W))
+    if steps.action is not None and d_actions is not None:
+        B = torch.cat([B, steps.action.unflatten(0, (T, W)) @ d_actions.unsqueeze(-1)], -1)
+    return Sensitivities(*forward_sensitivity(A, B, rows), A)
+
+
+@dataclass(frozen=True)
 class Path:
     """A roll of W windows over T steps with its transition matrices."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from problems import seeded
+from synthetic_logs import simulated_log, smooth_inputs
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from sim2real import ModelMDP, Params, default_params
+from sim2real.fit import FitSettings, fit
+from sim2real.roll import roll, roll_sensitivities
 
 pytest.importorskip("warp")
 
@@ -118,6 +122,61 @@ def test_names_units_bounds_and_options_are_those_of_the_twin(name: str) -> None
     torch.testing.assert_close(kernel.initial_state(theta, e0), twin.initial_state(theta, e0))
     seen = [m.observe(theta, e0) if m.observe else e0 for m in (kernel, twin)]
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_sensitivities_of_a_rollout_match_the_torch_twin(pushed: bool) -> None:
+    """With respect to some of the parameters, in an order of their own, the start, and a change of the actions."""
+    kernel, twin = pair("pendulum", QUICK)
+    theta, state, action, e = points(twin, 5, seeded(6))
+    theta = {key: value[0] for key, value in theta.items()}
+    actions, noise = (part.expand(12, *part.shape) for part in (action, e))
+    states = roll(twin, theta, state, actions, noise)
+    change = torch.randn(actions.shape, generator=seeded(7), dtype=torch.float64) if pushed else None
+    for free, rows in ((("damping", "inertia"), [0, 5, 12]), ((), [3, 7])):
+        ours, theirs = (
+            roll_sensitivities(m, theta, free, (states, actions, noise), rows, change) for m in (kernel, twin)
+        )
+        torch.testing.assert_close(ours.params, theirs.params, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(ours.start, theirs.start, rtol=1e-11, atol=1e-13)
+        assert ours.A is None
+        assert theirs.A is not None
+    # of another step, of parameters that vary, or of names that the kernel does not know, the engine says nothing
+    wrapped = replace(kernel, step=lambda theta, s, a, e: twin.step(theta, s, a, e))
+    assert roll_sensitivities(wrapped, theta, (), (states, actions, noise), [3]).A is not None
+    assert kernel.sensitivity is not None
+    more = theta | {"gain": theta["mgl"]}
+    assert kernel.sensitivity.run(more, ("gain",), (states, actions, noise, None), [3]) is None
+
+
+def test_a_step_too_large_for_one_kernel_of_sensitivities_is_linearised_step_by_step() -> None:
+    kernel, _ = pair("quadrotor", {})
+    theta, state, action, e = points(kernel, 2, seeded(6))
+    theta = {key: value[0] for key, value in theta.items()}
+    assert kernel.sensitivity is not None
+    path = (torch.stack([state, state]), action[None], e[None], None)
+    assert kernel.sensitivity.run(theta, ("mass",), path, [1]) is None
+
+
+@pytest.mark.parametrize("name", ["pendulum", "building_rc 2"])
+def test_a_fit_through_warp_is_the_fit_through_torch(name: str) -> None:
+    """On a planted log of two runs, with a delay for the pendulum and warmed-up starts for the house."""
+    factories = next(row[1:] for row in LIBRARY if row[0] == name)
+    house = name == "building_rc 2"
+    kernel, twin = (factory() if house else factory(dt=0.02, integrator="midpoint") for factory in factories)
+    theta, hour = default_params(twin.box), 3600.0
+    actions = smooth_inputs(2, 120, 1, twin.dt / hour / 8 if house else twin.dt, seed=3)
+    weather = 5.0 + smooth_inputs(2, 120, 1, 0.05, seed=4) if house else None
+    start = 20.0 + torch.zeros(2, 2).double() if house else torch.zeros(2, 2).double()
+    log = simulated_log(twin, theta, start, actions + 3.0 if house else actions, weather, noise=1e-3)
+    settings = FitSettings(free=("mgl", "damping"), horizon=0.5, stride=0.2, zeros="shared", delay=True)
+    if house:
+        settings = FitSettings(free=("Rie", "Ci"), horizon=12 * hour, stride=12 * hour, warmup=6 * hour, loss_scale=0.3)
+    wrong = {key: 1.1 * value for key, value in theta.items()}
+    ours, theirs = fit(kernel, log, wrong, settings), fit(twin, log, wrong, settings)
+    assert ours.report.steps == theirs.report.steps
+    for row, other in zip(ours.rows, theirs.rows, strict=True):
+        assert (row.value, row.low, row.high) == pytest.approx((other.value, other.low, other.high), rel=1e-6, abs=1e-9)
 
 
 WRONG: list[tuple[str, dict[str, object], str]] = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def gradient(problem: Instance, game: Callable[[Params], GameTables] | None = No
     return stackelberg_tables_gradient(game or problem.game, **inputs).grad["x"]
 
 
-def averaged_first(problem: Instance) -> dict[str, Tensor]:
+def averaged_first(problem: Instance) -> dict[str, Any]:
     """The follower whose action values are averaged over the leader's action before the log-sum-exp."""
     at, f = problem.game(problem.theta), problem.leader_policy(problem.theta)
     q, temperature = torch.zeros_like(at.follower_reward), problem.temperature

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
     "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
+    "hdpo_inventory.py": (("--quick", "--plot", "figure.png"), "sharing weights saves", ()),
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),
     "tune_cstr.py": (("--quick", "--plot", "figure.png"), "paired gain over 20 episodes", ()),

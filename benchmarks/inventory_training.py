@@ -1,0 +1,220 @@
+"""Hindsight training of inventory policies: trials of every published class, one training loop, paired gaps.
+
+A trial is a task, a network with its first weights, a recipe, and what it is measured against: the optimal policy on
+the same test paths (one store, serial line), whose true cost an oracle knows, or a lower bound (transshipment).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.oracles.base_stock import optimal_base_stock, transshipment_bound
+from benchmarks.oracles.clark_scarf import clark_scarf
+from benchmarks.oracles.lost_sales import lost_sales_optimum
+from sim2real.estimators import pathwise_gradient
+from sim2real.inventory_policies import (
+    StoreTraits,
+    base_stock_policy,
+    echelon_stock_policy,
+    network_weights,
+    plain_network_policy,
+    plain_serial_policy,
+    plain_store_policy,
+    symmetry_aware_policy,
+    symmetry_aware_weights,
+)
+from sim2real.mdp import Noise
+from sim2real.params import Params
+from sim2real.policy import Policy, deterministic_policy
+from sim2real.simulators.inventory_tasks import (
+    InventoryTask,
+    mean_cost,
+    one_store_task,
+    one_warehouse_task,
+    serial_task,
+    store_traits,
+    task_noise,
+    transshipment_task,
+)
+
+LINE_HOLDING = (1.0, 0.5, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Adam, its rate raised over 50 steps and lowered along a half cosine; float32 as in the reference code."""
+
+    steps: int = 3000
+    rate: float = 3e-3
+    batch: int = 1024
+    paths: int = 32768
+    """fixed training paths that batches are drawn from; all in one when there are no more than `batch`"""
+    periods: int = 50
+
+
+@dataclass(frozen=True)
+class Trial:
+    name: str
+    task: InventoryTask
+    policy: Policy
+    weights: Params
+    recipe: Recipe
+    optimum: float | None = None
+    """cost per period and store: exact, or a lower bound; None: unknown"""
+    optimal: tuple[Policy, Params] | None = None
+    """a policy that attains it"""
+    whole_orders: bool = False
+    """orders are rounded in the test (Poisson demand), and pipelines start empty"""
+
+
+def backlogged(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: int = 0) -> Trial:
+    level, cost = optimal_base_stock(lead_time, underage)
+    return Trial(
+        f"backlogged/L{lead_time}-p{underage:g}",
+        one_store_task(lead_time, underage),
+        plain_store_policy(5.0),
+        network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
+        recipe,
+        cost,
+        (base_stock_policy(), {"level": torch.tensor([level])}),
+    )
+
+
+def lost(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: int = 0) -> Trial:
+    optimum = lost_sales_optimum(lead_time, underage)
+    table = torch.from_numpy(optimum.orders.astype(np.int64))
+    limits = torch.tensor(table.shape) - 1
+
+    def order(nu: Params, state: Tensor) -> Tensor:
+        return table[torch.minimum(state.long(), limits).unbind(-1)].to(state).unsqueeze(-1)
+
+    return Trial(
+        f"lost/L{lead_time}-p{underage:g}",
+        one_store_task(lead_time, underage, lost=True),
+        plain_store_policy(5.0),
+        network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
+        recipe,
+        optimum.cost,
+        (deterministic_policy(order), {}),
+        whole_orders=True,
+    )
+
+
+def serial(lead_time: int, underage: float, recipe: Recipe = Recipe(rate=5e-3), *, seed: int = 0) -> Trial:
+    times = (lead_time, 3, 4, 2)
+    levels, cost = clark_scarf(times, LINE_HOLDING, underage)
+    return Trial(
+        f"serial/L{lead_time}-p{underage:g}",
+        serial_task(lead_time, underage),
+        plain_serial_policy(times, 5.0),
+        network_weights({"order": (sum(times), 32, 32, 4)}, _seeded(seed)),
+        recipe,
+        cost,
+        (echelon_stock_policy(times), {"level": torch.tensor(levels)}),
+    )
+
+
+def transshipment(
+    stores: int, correlation: float, lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: int = 0
+) -> Trial:
+    task = transshipment_task(stores, correlation, lead_time, underage)
+    traits = _single(store_traits(task))
+    return Trial(
+        f"transshipment/n{stores}-r{correlation:g}-L{lead_time}-p{underage:g}",
+        task,
+        symmetry_aware_policy(traits),
+        symmetry_aware_weights(traits, generator=_seeded(seed)),
+        recipe,
+        transshipment_bound(task.std.numpy(), correlation, lead_time, underage) / stores,
+    )
+
+
+def warehouse(stores: int, recipe: Recipe, *, symmetric: bool, width: int = 512, seed: int = 0) -> Trial:
+    """One warehouse, lost demand; the plain network has three hidden layers of `width`."""
+    task = one_warehouse_task(stores)
+    traits = _single(store_traits(task))
+    if symmetric:
+        policy, weights = symmetry_aware_policy(traits), symmetry_aware_weights(traits, generator=_seeded(seed))
+    else:
+        inputs = stores * traits.store_width + traits.warehouse_width
+        policy = plain_network_policy(traits)
+        weights = network_weights({"all": (inputs, width, width, width, stores + 1)}, _seeded(seed))
+    kind = "symmetric" if symmetric else "plain"
+    return Trial(f"warehouse/n{stores}-{recipe.paths}-{kind}", task, policy, weights, recipe)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _single(traits: StoreTraits) -> StoreTraits:
+    return replace(traits, mean=traits.mean.float(), features=traits.features.float())
+
+
+def train(trial: Trial, *, seed: int = 0) -> Iterator[tuple[int, Params]]:
+    """`(step, weights)` after every gradient step; every batch is a sample of the fixed training paths."""
+    task, recipe = trial.task, trial.recipe
+    noise = task_noise(task, recipe.paths, recipe.periods, seed=task.train_seed, dtype=torch.float32)
+    theta = {key: value.float() for key, value in task.theta.items()}
+    nu = {key: value.float().requires_grad_() for key, value in trial.weights.items()}
+    optimizer = torch.optim.Adam(nu.values(), lr=recipe.rate)
+    generator, scale = _seeded(seed), -1.0 / (recipe.periods * len(task.mean))
+    for step in range(recipe.steps):
+        batch = noise
+        if recipe.batch < recipe.paths:
+            chosen = torch.randint(recipe.paths, (recipe.batch,), generator=generator)
+            batch = Noise(noise.initial[chosen], noise.process[chosen], noise.policy[chosen])
+        gradient = pathwise_gradient(task.mdp, trial.policy, theta, nu, batch).grad
+        for key, leaf in nu.items():
+            leaf.grad = scale * gradient[key]
+        torch.nn.utils.clip_grad_norm_(nu.values(), 1.0)
+        rise, fall = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        optimizer.param_groups[0]["lr"] = recipe.rate * rise * max(fall, 1e-3)
+        optimizer.step()
+        yield step + 1, {key: leaf.detach() for key, leaf in nu.items()}
+
+
+def trained(trial: Trial, *, seed: int = 0) -> tuple[Params, float]:
+    """Last weights and CPU seconds of this process."""
+    start, nu = time.process_time(), trial.weights
+    for _step, weights in train(trial, seed=seed):
+        nu = weights
+    return nu, time.process_time() - start
+
+
+def held_out(trial: Trial, paths: int, periods: int) -> Noise:
+    noise = task_noise(trial.task, paths, periods, seed=trial.task.test_seed, dtype=torch.float32)
+    # whole pipelines for a policy that is a table: nothing on hand at the start
+    return replace(noise, initial=torch.full_like(noise.initial, -20.0)) if trial.whole_orders else noise
+
+
+def held_out_cost(trial: Trial, nu: Params, noise: Noise, ignore: int) -> Tensor:
+    """Cost per period and store of each test path."""
+    policy = trial.policy
+    if trial.whole_orders:
+        policy = deterministic_policy(lambda nu, state: trial.policy.act(nu, state, state).round())
+    return mean_cost(trial.task, policy, nu, noise, ignore=ignore)
+
+
+def gap(trial: Trial, nu: Params, noise: Noise, ignore: int) -> tuple[float, float]:
+    """Relative gap to the optimum and its standard error; paired with the optimal policy where there is one.
+
+    Raises `ValueError` for a trial whose optimum is unknown.
+    """
+    if trial.optimum is None:
+        raise ValueError(f"'{trial.name}' has no known optimum or bound")
+    cost = held_out_cost(trial, nu, noise, ignore)
+    if trial.optimal is None:
+        excess = cost - trial.optimum
+    else:
+        policy, levels = trial.optimal
+        best = {key: value.to(noise.process) for key, value in levels.items()}
+        excess = cost - mean_cost(trial.task, policy, best, noise, ignore=ignore)
+    return float(excess.mean()) / trial.optimum, float(excess.std()) / math.sqrt(len(excess)) / trial.optimum

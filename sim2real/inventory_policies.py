@@ -112,8 +112,8 @@ def plain_serial_policy(lead_times: Sequence[int], mean: float) -> Policy:
 
     def order(nu: Params, state: Tensor) -> Tensor:
         share = torch.sigmoid(network(nu, "order", state / mean))
-        limit = torch.cat([state[..., firsts], state.new_full((*state.shape[:-1], 1), 4 * mean)], -1)
-        return share * limit
+        top = state.new_full((*state.shape[:-1], 1), 4 * mean)
+        return share * torch.cat([*(state[..., k : k + 1] for k in firsts), top], -1)
 
     return deterministic_policy(order)
 

@@ -93,28 +93,23 @@ def serial_line(
     if len(holding) != nodes:
         raise ValueError(f"one holding cost per stock: {nodes} lead times, but {len(holding)} holding costs")
     box = cost_box({"holding": torch.tensor(holding, dtype=torch.float64), "underage": underage})
-    firsts = [sum(widths[:k]) for k in range(nodes)]
+    first, move = _line_matrices(widths)
 
     def initial_state(theta: Params, e0: Tensor) -> Tensor:
         return torch.cat([start * torch.special.ndtr(e0), e0.new_zeros(*e0.shape[:-1], sum(widths[1:]))], -1)
 
     def shipped(state: Tensor, action: Tensor) -> Tensor:
-        upstream = torch.cat([state[..., firsts[1:]], action.new_full((*action.shape[:-1], 1), torch.inf)], -1)
-        return torch.minimum(torch.relu(action), upstream)
+        upstream = state @ first.to(state)[:, 1:]
+        below = torch.minimum(torch.relu(action[..., :-1]), upstream)
+        return torch.cat([below, torch.relu(action[..., -1:])], -1)
 
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
-        arriving = shipped(state, action)
-        leaving = torch.cat([e, arriving[..., :-1]], -1)
-        kept = (state[..., firsts] - leaving).split(1, -1)
-        pieces = zip(state.split(widths, -1), kept, arriving.split(1, -1), strict=True)
-        return torch.cat([shifted(*piece) for piece in pieces], -1)
+        return torch.cat([state, e, shipped(state, action)], -1) @ move.to(state)
 
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
-        cost = store_cost(
-            {"holding": theta["holding"][..., 0], "underage": theta["underage"]}, state[..., 0] - e[..., 0]
-        )
-        kept = state[..., firsts[1:]] - shipped(state, action)[..., :-1]
-        return -cost - (theta["holding"][..., 1:] * kept).sum(-1)
+        left = state @ first.to(state) - torch.cat([e, shipped(state, action)[..., :-1]], -1)
+        # only the store can owe: the others ship at most what they have
+        return -(theta["holding"] * torch.relu(left)).sum(-1) - theta["underage"] * torch.relu(-left[..., 0])
 
     stocks = ["store", *(f"stock{k}" for k in range(1, nodes))]
     names = {
@@ -134,6 +129,21 @@ def serial_line(
         units=dict.fromkeys(sum(names.values(), ()), "1"),
         box=box,
     )
+
+
+def _line_matrices(widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What is on hand, `state @ first`, and the next state, `(state, demand, shipped) @ move`: a period is linear."""
+    size, nodes = sum(widths), len(widths)
+    first = torch.zeros(size, nodes, dtype=torch.float64)
+    move = torch.zeros(size + 1 + nodes, size, dtype=torch.float64)
+    for k, width in enumerate(widths):
+        at = sum(widths[:k])
+        first[at, k] = move[at, at] = 1.0
+        for position in range(1, width):
+            move[at + position, at + position - 1] = 1.0
+        move[size + k, at] = -1.0  # demand, or what the stock below was sent
+        move[size + 1 + k, at + width - 1] = 1.0
+    return first, move
 
 
 def shifted(pipeline: Tensor, kept: Tensor, order: Tensor) -> Tensor:

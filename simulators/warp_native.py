@@ -25,6 +25,10 @@ import warp as wp
 from sim2real.simulators.warp_graph import Node, is_constant, variable
 from sim2real.simulators.warp_source import CTYPES, LANES, prelude, statements
 
+# Warp greets and reports on standard output, which belongs to the results of commands; older releases read `quiet`.
+for _name, _value in (("quiet", True), ("log_level", getattr(wp, "LOG_WARNING", 30))):
+    setattr(wp.config, _name, _value)
+
 Signature = tuple[tuple[str, int | None], ...]  # names and lengths of arguments, None for a scalar
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from problems import seeded
@@ -15,8 +19,12 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from sim2real import ModelMDP, Params, default_params
+from sim2real.cli import main
+from sim2real.conf.compose import resolve_function
+from sim2real.conf.models import MODELS
 from sim2real.fit import FitSettings, fit
 from sim2real.roll import roll, roll_sensitivities
+from sim2real.simulators import double_pendulum
 
 pytest.importorskip("warp")
 
@@ -177,6 +185,57 @@ def test_a_fit_through_warp_is_the_fit_through_torch(name: str) -> None:
     assert ours.report.steps == theirs.report.steps
     for row, other in zip(ours.rows, theirs.rows, strict=True):
         assert (row.value, row.low, row.high) == pytest.approx((other.value, other.low, other.high), rel=1e-6, abs=1e-9)
+
+
+SCHEMA = """
+time: {column: time, unit: s}
+signals:
+  angle1: {column: angle1, unit: rad}
+  angle2: {column: angle2, unit: rad}
+  velocity1: {column: velocity1, unit: rad/s}
+  velocity2: {column: velocity2, unit: rad/s}
+actions: {torque1: {column: torque1, unit: N m}, torque2: {column: torque2, unit: N m}}
+dt: 0.004
+"""
+
+
+def test_the_fit_command_takes_kernels_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same words but the name give the same parameters, and the file they are written to rebuilds the model."""
+    twin, torques = double_pendulum(), smooth_inputs(1, 250, 2, 0.004, seed=1)
+    start = torch.tensor([[0.4, -0.2, 0.0, 0.0]], dtype=torch.float64)
+    log = simulated_log(twin, default_params(twin.box), start, torques, noise=1e-4)
+    rows = torch.cat([0.004 * torch.arange(250)[:, None], log.signals[0, :250], log.actions[0]], 1)
+    header = ",".join(["time", *twin.names["signal"], *twin.names["action"]])
+    np.savetxt(tmp_path / "run.csv", rows, "%.9f", ",", header=header, comments="")
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    words = [f"log={tmp_path / 'run.csv'}", f"schema={tmp_path / 'schema.yaml'}", "fit.horizon=0.1", "theta.mu=0.4"]
+    found = {}
+    for model in ("double_pendulum", "warp_double_pendulum"):
+        fitting = [*words, f"model={model}", "fit.free=[mu,h]", "report=false", f"out={tmp_path / model}"]
+        assert main(["fit", *fitting, "--json"]) == 0
+        found[model] = json.loads(capsys.readouterr().out)["parameters"]
+    for name, row in found["double_pendulum"].items():
+        other = found["warp_double_pendulum"][name]
+        assert other["unit"] == row["unit"]
+        assert other["value"] == pytest.approx(row["value"], rel=1e-7)
+    assert found["warp_double_pendulum"]["mu"]["value"] == pytest.approx(0.3562, rel=1e-2)  # 1 s of clean log
+    assert main(["evaluate", *words[:2], f"params={tmp_path / 'warp_double_pendulum'}", "evaluation.horizon=0.1"]) == 0
+
+
+WARP_MODELS = [name for name in MODELS if name.startswith("warp_")]
+
+
+@pytest.mark.parametrize("name", WARP_MODELS)
+def test_the_commands_know_every_kernel_with_the_options_of_its_twin(name: str) -> None:
+    config, torch_config = MODELS[name](), MODELS[name.removeprefix("warp_")]()
+    options, twin_options = (dataclasses.asdict(item) for item in (config, torch_config))
+    target, twin_target = (resolve_function(item.pop("_target_"), "model") for item in (options, twin_options))
+    assert options == twin_options
+    for function in (target, twin_target):
+        parameters = inspect.signature(function).parameters
+        assert all(parameters[key].default == value for key, value in options.items() if key != "dt")
+        missing = parameters.keys() - options.keys()
+        assert missing <= {"target", "l1", "g"}, "an option that the commands cannot set"
 
 
 WRONG: list[tuple[str, dict[str, object], str]] = [

@@ -239,15 +239,16 @@ def _residual(H: Tensor, g: Tensor, low: Tensor, high: Tensor, y: Tensor) -> tup
 def _start(H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """s `[B, n]`, near `y - gradient / c` at the minimiser y: outside the box where a bound is active.
 
-    With c = CURVATURE: `s <- 2 x - r`, where `r = 2 clip(s) - s` and `x = (H + c I)^-1 (c r - g)`; one product.
+    With c = CURVATURE: `s <- 2 x - r`, where `r = 2 clip(s) - s` and `x = (H + c I)^-1 (c r - g)`; one product. In
+    single precision, since it is a guess.
     """
-    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    inverse = torch.linalg.inv(H + CURVATURE * eye)
-    reflection, offset = 2 * CURVATURE * inverse - eye, -2 * _apply(inverse, g)
-    s = offset
+    eye = torch.eye(g.shape[-1], device=g.device)
+    inverse = torch.linalg.inv(H.float() + CURVATURE * eye)
+    reflection, offset = 2 * CURVATURE * inverse - eye, -2 * _apply(inverse, g.float())
+    s, low, high = offset, low.float(), high.float()
     for _ in range(SWEEPS):
         s = _slope(reflection, offset, torch.lerp(s, s.clamp(low, high), 2.0))
-    return s
+    return s.to(g.dtype).nan_to_num()  # what is beyond single precision begins at 0
 
 
 def _active_sets(program: Program, ahead: Tensor, options: _Options) -> tuple[Tensor, Tensor]:

@@ -176,17 +176,18 @@ def mpc_policy(
 
 def _responses(A: Tensor, B: Tensor, x0: Tensor, c: Tensor | None, horizon: int) -> tuple[Tensor, Tensor]:
     """f `[..., N n]` and G `[..., N n, N m]` of `(s_1, ..., s_N) = f + G (a_0, ..., a_{N-1})`."""
-    powers = A.unsqueeze(-3)  # A, A^2, ..., A^N, by doubling
-    while (count := powers.shape[-3]) < horizon:
-        powers = torch.cat([powers, powers[..., : horizon - count, :, :] @ powers[..., -1:, :, :]], -3)
-    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A).unsqueeze(-3)
-    earlier = torch.cat([one, powers[..., :-1, :, :]], -3)
-    free = (x0.unsqueeze(-2) @ powers.flatten(-3, -2).mT).squeeze(-2)
+    n, powers = A.shape[-1], A  # A, A^2, ..., A^N below one another, by doubling
+    while (rows := powers.shape[-2]) < horizon * n:
+        powers = torch.cat([powers, powers[..., : horizon * n - rows, :] @ powers[..., -n:, :]], -2)
+    one = torch.eye(n, dtype=A.dtype, device=A.device).expand_as(A)
+    earlier = torch.cat([one, powers[..., :-n, :]], -2)
+    free = (x0.unsqueeze(-2) @ powers.mT).squeeze(-2)
     if c is not None:
-        free = free + (c.unsqueeze(-2) @ earlier.cumsum(-3).flatten(-3, -2).mT).squeeze(-2)
+        summed = earlier.unflatten(-2, (horizon, n)).cumsum(-3).flatten(-3, -2)
+        free = free + (c.unsqueeze(-2) @ summed.mT).squeeze(-2)
     steps = torch.arange(horizon, device=A.device)
     lag = (steps.unsqueeze(1) - steps + 1).clamp(min=0)  # 0: an action that is still to come
-    blocks = pad(earlier @ B.unsqueeze(-3), (0, 0, 0, 0, 1, 0)).index_select(-3, lag.flatten())
+    blocks = pad(earlier @ B, (0, 0, n, 0)).unflatten(-2, (horizon + 1, n)).index_select(-3, lag.flatten())
     return free, blocks.unflatten(-3, (horizon, horizon)).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
@@ -201,8 +202,8 @@ def _program(
     weighted = 0.5 * (weighted + weighted.mT)
     blocks = weighted @ forced.unflatten(-2, (horizon, Q.shape[-1]))
     steered = blocks.flatten(-3, -2)
-    action_cost = torch.einsum("kl,...ij->...kilj", torch.diag(w[:-1]), R).flatten(-2, -1).flatten(-3, -2)
-    H = 2 * (forced.mT @ steered + action_cost)
+    action_cost = torch.diag(w[:-1])[:, None, :, None] * R[..., None, :, None, :]
+    H = 2 * (forced.mT @ steered + action_cost.flatten(-4, -3).flatten(-2, -1))
     h = 2 * (free.unsqueeze(-2) @ steered).squeeze(-2)
     if q is not None:
         h = h + ((w[1:, None] * q.unsqueeze(-2)).flatten(-2, -1).unsqueeze(-2) @ forced).squeeze(-2)

@@ -319,3 +319,14 @@ def test_a_network_learns_one_store():
 def test_a_network_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no network 'order'"):
         network({"all.0.weight": stack(1.0)}, "order", stack(1.0))
+
+
+def test_study_resumes_where_it_stopped(tmp_path, capsys):
+    from benchmarks.study_hdpo import run
+
+    for _ in range(2):
+        run(tmp_path / "rows.json", steps=2, only="L1-p4", seed=0, quick=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["instance"] for row in rows] == ["backlogged/L1-p4", "lost/L1-p4"]
+    assert {"gap", "cost", "cpu_seconds", "command", "machine", "versions"} <= rows[0].keys()
+    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -235,3 +235,20 @@ def test_routes_that_make_no_network_are_refused(lead_times, suppliers, message)
 def test_lists_of_wrong_length_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         small(**wrong)
+
+
+def test_the_peer_of_the_race_computes_the_same_cost_and_gradient():
+    from benchmarks import inventory_peer as peer
+
+    task = one_warehouse_task(4)
+    traits, (policy, nu) = store_traits(task), random_policy(task)
+    noise = task_noise(task, 6, 10, seed=57)
+    estimate = pathwise_gradient(task.mdp, policy, task.theta, nu, noise)
+    start = task.mdp.initial_state(task.theta, noise.initial)[:, :12].unflatten(-1, (3, 4)).mT
+    times = torch.tensor(task.routes.lead_times[0])
+    for decide in (peer.stacked, peer.nodes):
+        leaves = {key: value.requires_grad_() for key, value in nu.items()}
+        cost = peer.total_cost(decide, leaves, task.theta, traits, times, start, noise.process.mT) / 6
+        torch.testing.assert_close(-cost.detach(), estimate.value)
+        for key, grad in zip(nu, torch.autograd.grad(cost, list(leaves.values())), strict=True):
+            torch.testing.assert_close(-grad, estimate.grad[key], rtol=1e-8, atol=1e-10)

@@ -14,9 +14,10 @@ from sim2real.estimators.baselines import (
     state_baseline,
     time_baseline,
 )
-from sim2real.estimators.boltzmann_covariance import CriticOptions, boltzmann_covariance_gradient
+from sim2real.estimators.boltzmann_covariance import boltzmann_covariance_gradient
 from sim2real.estimators.boltzmann_tables import boltzmann_tables_gradient
 from sim2real.estimators.certificate import Certificate, certify
+from sim2real.estimators.compare_estimators import EstimatorComparison, EstimatorRow, compare_estimators
 from sim2real.estimators.counterfactual import counterfactual_gradient
 from sim2real.estimators.critic import Critic, CriticError, least_squares_critic, quadratic_features
 from sim2real.estimators.critic_gauss_newton import critic_gauss_newton, rollout_q_values
@@ -36,7 +37,9 @@ from sim2real.estimators.fitted_follower import fit_linear_follower, fit_soft_va
 from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.hessian_free import hessian_free_gradient
 from sim2real.estimators.leader_ascent import annealed_temperature, best_of_restarts, natural_softmax_step
+from sim2real.estimators.leader_baselines import hpgd_gradient, naive_leader_gradient, sobirl_gradient
 from sim2real.estimators.leader_critic import inverse_noise_weights
+from sim2real.estimators.leader_view import CriticOptions
 from sim2real.estimators.logged_policy_gradient import logged_policy_gradient
 from sim2real.estimators.lqr_equivalence import LinearQuadratic, lqr_equivalence_gap, lqr_modified_reward
 from sim2real.estimators.lqr_sensitivity import lqr_sensitivity
@@ -71,6 +74,8 @@ __all__ = [
     "CrossTerm",
     "EquivalenceError",
     "EquivalenceGap",
+    "EstimatorComparison",
+    "EstimatorRow",
     "LinearQuadratic",
     "ModelCritic",
     "Simulator",
@@ -86,6 +91,7 @@ __all__ = [
     "boltzmann_tables_gradient",
     "certify",
     "certify_estimate",
+    "compare_estimators",
     "counterfactual_gradient",
     "critic_baseline",
     "critic_gauss_newton",
@@ -97,6 +103,7 @@ __all__ = [
     "fit_soft_value",
     "function_space_sensitivity",
     "hessian_free_gradient",
+    "hpgd_gradient",
     "input_baseline",
     "inverse_noise_weights",
     "least_squares_critic",
@@ -108,6 +115,7 @@ __all__ = [
     "mixed_gradient",
     "model_critic",
     "modified_reward",
+    "naive_leader_gradient",
     "natural_softmax_step",
     "no_baseline",
     "pathwise_gradient",
@@ -124,6 +132,7 @@ __all__ = [
     "score_function_gradient",
     "score_sensitivity",
     "seen_leader_tables",
+    "sobirl_gradient",
     "soft_action_value",
     "soft_consistency",
     "soft_return",

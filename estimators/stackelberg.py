@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sim2real.estimators.boltzmann_covariance import CriticOptions, Start, boltzmann_covariance_gradient
+from sim2real.estimators.boltzmann_covariance import boltzmann_covariance_gradient
+from sim2real.estimators.leader_view import CriticOptions, Start
 from sim2real.estimators.transitions import Transitions, transitions
 from sim2real.leader_task import LeaderTask
 from sim2real.params import Estimate, Params

@@ -11,7 +11,8 @@ stores, run with 50, over that of weights trained there, less 1.
 
 `m-speed`: one warehouse, 50 stores, 8192 paths: simulated periods with their gradient per second, ours over the peer's
 (`inventory_peer`), each in the number of paths at a time that suits it best; weights of the published sizes (32 wide,
-context 256), same gradient. `ratio` is to the faster of the peer's two forms.
+context 256), same gradient. `ratio` is to the faster of the peer's two forms; `ratio-order-up-to` is that of the
+simulators alone, under a policy that costs next to nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,10 +46,11 @@ from benchmarks.inventory_training import (
     warehouse,
 )
 from sim2real.estimators import pathwise_gradient
-from sim2real.inventory_policies import symmetry_aware_policy, symmetry_aware_weights
+from sim2real.inventory_policies import StoreTraits, symmetry_aware_policy, symmetry_aware_weights
 from sim2real.mdp import Noise
 from sim2real.params import Params
-from sim2real.simulators.inventory_tasks import one_warehouse_task, store_traits, task_noise
+from sim2real.policy import Policy, deterministic_policy
+from sim2real.simulators.inventory_tasks import InventoryTask, one_warehouse_task, store_traits, task_noise
 
 
 def m_hdpo(quick: bool) -> Iterator[Figure]:
@@ -99,37 +102,71 @@ def m_symmetry(quick: bool) -> Iterator[Figure]:
 
 def m_speed(quick: bool) -> Iterator[Figure]:
     """Periods per second, forward and backward, on one thread; float32."""
-    periods, paths, rounds = (8, 512, 2) if quick else (8, 8192, 2)  # nothing reaches a store before the fifth
+    periods, paths, rounds = (8, 512, 2) if quick else (8, 8192, 2)  # an order takes five periods to reach a store
     task = one_warehouse_task(50)
     noise = task_noise(task, paths, periods, seed=task.train_seed, dtype=torch.float32)
-    theta = {key: value.float() for key, value in task.theta.items()}
     traits = store_traits(task)
     traits = replace(traits, mean=traits.mean.float(), features=traits.features.float())
-    nu = {key: value.float() for key, value in symmetry_aware_weights(traits, context=256).items()}
-    policy, times = symmetry_aware_policy(traits), torch.tensor(task.routes.lead_times[0]) if task.routes else None
-    start = task.mdp.initial_state(theta, noise.initial)[:, :150].unflatten(-1, (3, 50)).mT.contiguous()
-    demand = noise.process.mT.contiguous()
+    sizes = (512,) if quick else (512, 1024, 2048)
+    network = symmetry_aware_policy(traits), symmetry_aware_weights(traits, context=256)
+    levels = {"level": 4.0 * traits.mean, "top": 8.0 * traits.mean.sum(0, keepdim=True)}
+    races = {
+        "": (network, {"stacked": peer.stacked, "nodes": peer.nodes}),
+        "-order-up-to": ((order_up_to_policy(50), levels), {"stacked": peer.order_up_to}),
+    }
+    for label, ((policy, weights), forms) in races.items():
+        nu = {key: value.float() for key, value in weights.items()}
+        mine = partial(our_gradient, task, policy, nu, noise)
+        others = {name: peer_gradient(task, decide, nu, noise, traits) for name, decide in forms.items()}
+        rates = {
+            name: max(periods / _seconds(form, paths, size, rounds) for size in sizes)
+            for name, form in {"ours": mine, **others}.items()
+        }
+        ours = rates.pop("ours")
+        yield Figure(f"periods-per-second{label}", ours, "1/s", rounds)
+        for name, other in others.items():
+            yield Figure(f"peer-{name}{label}", rates[name], "1/s", rounds)
+            yield Figure(f"difference-{name}{label}", _difference(mine, other), "1", 1)
+        yield Figure(f"ratio{label}", ours / max(rates.values()), "1", rounds)
 
-    def ours(part: slice) -> Params:
-        piece = Noise(noise.initial[part], noise.process[part], noise.policy[part])
-        return pathwise_gradient(task.mdp, policy, theta, nu, piece).grad
 
-    def theirs(decide: peer.Decide, part: slice) -> Params:
+def order_up_to_policy(stores: int) -> Policy:
+    """The peer's `order_up_to` on the states of the library."""
+
+    def act(nu: Params, state: Tensor) -> Tensor:
+        positions = state[..., :-3].unflatten(-1, (-1, stores)).sum(-2)
+        return torch.relu(torch.cat([nu["level"] - positions, nu["top"] - state.sum(-1, keepdim=True)], -1))
+
+    return deterministic_policy(act)
+
+
+def our_gradient(task: InventoryTask, policy: Policy, nu: Params, noise: Noise, part: slice) -> Params:
+    theta = {key: value.float() for key, value in task.theta.items()}
+    piece = Noise(noise.initial[part], noise.process[part], noise.policy[part])
+    return pathwise_gradient(task.mdp, policy, theta, nu, piece).grad
+
+
+def peer_gradient(
+    task: InventoryTask, decide: peer.Decide, nu: Params, noise: Noise, traits: StoreTraits
+) -> Callable[[slice], Params]:
+    """The same gradient by the peer; its arrays are laid out beforehand."""
+    theta, n = {key: value.float() for key, value in task.theta.items()}, len(traits.mean)
+    pipelines = task.mdp.initial_state(theta, noise.initial)[:, : n * traits.store_width]
+    start, demand = pipelines.unflatten(-1, (-1, n)).mT.contiguous(), noise.process.mT.contiguous()
+    times = torch.tensor(task.routes.lead_times[0] if task.routes else ())
+
+    def gradient(part: slice) -> Params:
         leaves = {key: value.detach().requires_grad_() for key, value in nu.items()}
         cost = peer.total_cost(decide, leaves, theta, traits, times, start[part], demand[part])
         return dict(zip(leaves, torch.autograd.grad(-cost / len(start[part]), list(leaves.values())), strict=True))
 
-    forms = {"ours": ours, "stacked": partial(theirs, peer.stacked), "nodes": partial(theirs, peer.nodes)}
-    sizes = (512,) if quick else (512, 1024, 2048)
-    rates = {name: max(periods / _seconds(form, paths, size, rounds) for size in sizes) for name, form in forms.items()}
-    yield Figure("periods-per-second", rates["ours"], "1/s", rounds)
-    yield Figure("ratio", rates["ours"] / max(rates["stacked"], rates["nodes"]), "1", rounds)
-    for name in ("stacked", "nodes"):
-        yield Figure(f"ratio-{name}", rates["ours"] / rates[name], "1", rounds)
-        pairs = zip(forms[name](slice(0, 64)).values(), ours(slice(0, 64)).values(), strict=True)
-        yield Figure(
-            f"difference-{name}", max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in pairs), "1", 1
-        )
+    return gradient
+
+
+def _difference(mine: Callable[[slice], Params], other: Callable[[slice], Params]) -> float:
+    """Largest relative difference of the gradients over 64 paths."""
+    pairs = zip(mine(slice(0, 64)).values(), other(slice(0, 64)).values(), strict=True)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in pairs)
 
 
 def _seconds(form: Callable[[slice], Params], paths: int, size: int, rounds: int) -> float:

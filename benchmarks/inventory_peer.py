@@ -97,6 +97,13 @@ def nodes(nu: Params, traits: StoreTraits, seen: Observation) -> tuple[Tensor, T
     return _feasible(nu, traits, seen, torch.cat(requests, 1), context)
 
 
+def order_up_to(nu: Params, traits: StoreTraits, seen: Observation) -> tuple[Tensor, Tensor]:
+    """No network: a level for each store, and one for the warehouse and all that lies below it."""
+    requests = torch.clip(nu["level"] - seen["stores"].sum(2), min=0)
+    below = seen["stores"].sum((1, 2)).unsqueeze(1) + seen["warehouse"].sum(2)
+    return _shared(seen, requests), torch.clip(nu["top"] - below, min=0)
+
+
 def _context(nu: Params, traits: StoreTraits, seen: Observation, summary: Tensor) -> Tensor:
     x = torch.cat([summary, seen["warehouse"][:, 0] / traits.mean.sum()], 1)
     x = F.elu(F.linear(x, nu["context.0.weight"], nu["context.0.bias"]))
@@ -113,8 +120,11 @@ def _request(nu: Params, beside: Tensor) -> Tensor:
 def _feasible(
     nu: Params, traits: StoreTraits, seen: Observation, requests: Tensor, context: Tensor
 ) -> tuple[Tensor, Tensor]:
-    on_hand = seen["warehouse"][:, 0, :1]
-    shipped = requests * torch.clip(on_hand / requests.sum(1, keepdim=True), max=1.0)
     x = F.elu(F.linear(context, nu["order.0.weight"], nu["order.0.bias"]))
     share = torch.sigmoid(F.linear(x, nu["order.1.weight"], nu["order.1.bias"]))
-    return shipped, 4 * traits.mean.sum() * share
+    return _shared(seen, requests), 4 * traits.mean.sum() * share
+
+
+def _shared(seen: Observation, requests: Tensor) -> Tensor:
+    on_hand = seen["warehouse"][:, 0, :1]
+    return requests * torch.clip(on_hand / requests.sum(1, keepdim=True).clamp_min(1e-12), max=1.0)

@@ -188,17 +188,55 @@ class _Pull(torch.autograd.Function):
 
 
 class _Second(torch.autograd.Function):
-    """x, dx, y, dy, g, h -> the wanted gradients of `<g, y> + <h, dy>`: a leaf, its own derivatives raise."""
+    """x, dx, y, dy, g, h -> the wanted gradients of `<g, y> + <h, dy>`.
+
+    They are linear in dx and in g, and may be differentiated by these: so a product is transposed. By x and h it would
+    be third order; `_second` sees to it that this raises.
+    """
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> Tensors:
-        plain, n = _plain(tensors), call.count
-        x, dx, rest = plain[:n], plain[n : 2 * n], plain[2 * n :]
-        m = len(rest) // 4
-        return call.program.second((x, dx, rest[:m], rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m :]), call.wanted)
+        return call.program.second(_sixths(_plain(tensors), call.count), call.wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        _keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, n = ctx.call, ctx.call.count
+        x, dx, y, _, g, h = _sixths(saved(ctx), n)
+        rows = iter(u)
+        by_x = [next(rows) if wanted else None for wanted in call.wanted[:n]]  # by_dx = J' h has neither dx nor g
+        none: tuple[Tensor | None, ...] = (None,) * n
+        if all(row is None for row in by_x):
+            return None, *none, *none, *(None for _ in (*y, *y, *g, *h))
+        ux = _filled(by_x, x)
+        uy = _push(call.program, x, y, ux)
+        needed = tuple(ctx.needs_input_grad[1 + n : 1 + 2 * n])
+        if any(needed):
+            none = _second(call.program, (x, ux, y, uy, _zeros(y), h), (*needed, *(False,) * n), like=dx)[:n]
+        by_g = (_fit(d, like) for d, like in zip(uy, g, strict=True))
+        return None, *(None for _ in x), *none, *(None for _ in (*y, *y)), *by_g, *(None for _ in h)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> Any:
+        raise _third_order()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> Any:
+        return _fold(_Second, info, in_dims, call, tensors)
+
+
+class _Limit(torch.autograd.Function):
+    """Zero, with derivatives that raise: added to what must not be differentiated by these tensors."""
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
@@ -210,8 +248,8 @@ class _Second(torch.autograd.Function):
         raise _third_order()
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> Any:
-        return _fold(_Second, info, in_dims, call, tensors)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, None]:
+        return _Limit.apply(*tensors), None
 
 
 def _third_order() -> DerivativeOrderError:
@@ -235,13 +273,22 @@ def _pull(
 
 
 def _second(
-    program: Program, arguments: tuple[Tensors, ...], wanted: Wanted, *, fit: bool = True
+    program: Program,
+    arguments: tuple[Tensors, ...],
+    wanted: Wanted,
+    *,
+    fit: bool = True,
+    like: Tensors | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients by x and dx, None where not wanted."""
+    """Gradients by x and dx, None where not wanted, summed over the copies that share x and dx (or `like`)."""
     tensors = [t for part in arguments for t in part]
-    grads = iter(_Second.apply(_Call(program, len(arguments[0]), tuple(wanted)), *tensors))
-    found = zip(tensors, wanted, strict=False)  # x and dx come first
-    return tuple((_fit(next(grads), t) if fit else next(grads)) if want else None for t, want in found)
+    found = _Second.apply(_Call(program, len(arguments[0]), tuple(wanted)), *tensors)
+    if torch.is_grad_enabled():
+        limit = _Limit.apply(*arguments[0], *arguments[5])
+        found = tuple(grad + limit for grad in found)
+    grads = iter(found)
+    shapes = zip((*(like or arguments[0]), *arguments[1]), wanted, strict=True)
+    return tuple((_fit(next(grads), t) if fit else next(grads)) if want else None for t, want in shapes)
 
 
 def _keep(ctx: Any, values: tuple[Any, ...]) -> None:
@@ -253,6 +300,13 @@ def _keep(ctx: Any, values: tuple[Any, ...]) -> None:
 
 def _split(values: Sequence[Any], first: int, last: int) -> tuple[Any, Any, Any]:
     return tuple(values[:first]), tuple(values[first:last]), tuple(values[last:])
+
+
+def _sixths(values: Sequence[Any], count: int) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """x, dx, y, dy, g, h."""
+    x, dx, rest = tuple(values[:count]), tuple(values[count : 2 * count]), tuple(values[2 * count :])
+    m = len(rest) // 4
+    return x, dx, rest[:m], rest[m : 2 * m], rest[2 * m : 3 * m], rest[3 * m :]
 
 
 def _thirds(values: Sequence[Any], count: int) -> tuple[Any, Any, Any]:

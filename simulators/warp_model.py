@@ -22,7 +22,7 @@ finite pass through: who asks for a result checks it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from sim2real.bounds import Box
-from sim2real.mdp import ForwardSensitivity, ModelMDP
+from sim2real.mdp import ClosedLoop, ForwardSensitivity, ModelMDP
 from sim2real.params import Params
+from sim2real.simulators.warp_closed_loop import KernelSource, closed_loop_run
 from sim2real.simulators.warp_functions import Program, evaluate
 from sim2real.simulators.warp_language import Argument, Translated, translate
 from sim2real.simulators.warp_programs import reward_program, roll_program
@@ -41,21 +42,6 @@ from sim2real.simulators.warp_tiles import Tiles, tiles
 
 Kernel = Callable[..., Any]
 """a function in Warp's kernel language, or a `wp.func`"""
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A model's functions as written, and the lengths and names they are read with."""
-
-    step: Kernel
-    """theta, state, action, noise -> following, a vector like the state"""
-    reward: Kernel | None
-    """theta, state, action, noise, following -> a number; None: the reward is not a kernel"""
-    parameters: tuple[str, ...]
-    """theta's components, in order"""
-    state: int
-    action: int
-    noise: int
 
 
 def warp_model(
@@ -188,6 +174,14 @@ def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
         step=step,
         reward=frame.reward if source.reward is None else reward,
         open_loop=open_loop,
+        closed_loop=ClosedLoop(
+            closed_loop_run(
+                source, lambda theta, s0: pack(source, theta, _lead(source, theta, s0), s0)[0], frame.terminal
+            ),
+            step,
+            reward,
+            frame.terminal,
+        ),
         sensitivity=ForwardSensitivity(sensitivity, step),
         derivative_order=2,
     )

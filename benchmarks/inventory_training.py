@@ -25,8 +25,7 @@ from sim2real.inventory_policies import (
     echelon_stock_policy,
     network_weights,
     plain_network_policy,
-    plain_serial_policy,
-    plain_store_policy,
+    plain_order_policy,
     symmetry_aware_policy,
     symmetry_aware_weights,
 )
@@ -79,7 +78,7 @@ def backlogged(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, se
     return Trial(
         f"backlogged/L{lead_time}-p{underage:g}",
         one_store_task(lead_time, underage),
-        plain_store_policy(5.0),
+        plain_order_policy(5.0),
         network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
         recipe,
         cost,
@@ -98,7 +97,7 @@ def lost(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: in
     return Trial(
         f"lost/L{lead_time}-p{underage:g}",
         one_store_task(lead_time, underage, lost=True),
-        plain_store_policy(5.0),
+        plain_order_policy(5.0),
         network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
         recipe,
         optimum.cost,
@@ -113,7 +112,7 @@ def serial(lead_time: int, underage: float, recipe: Recipe = Recipe(rate=5e-3), 
     return Trial(
         f"serial/L{lead_time}-p{underage:g}",
         serial_task(lead_time, underage),
-        plain_serial_policy(times, 5.0),
+        plain_order_policy(5.0),
         network_weights({"order": (sum(times), 32, 32, 4)}, _seeded(seed)),
         recipe,
         cost,

@@ -33,7 +33,7 @@ from sim2real.inventory_policies import (
     base_stock_policy,
     network_weights,
     plain_network_policy,
-    plain_store_policy,
+    plain_order_policy,
     symmetry_aware_policy,
     symmetry_aware_weights,
 )
@@ -105,7 +105,7 @@ def learning_curve(
 
 def one_store(settings: Settings, seed: int, left: Axes, middle: Axes) -> None:
     task = one_store_task(settings.lead_time, settings.underage)
-    policy = plain_store_policy(float(task.mean))
+    policy = plain_order_policy(float(task.mean))
     sizes = {"order": (settings.lead_time, 32, 32, 32, 1)}
     nu = network_weights(sizes, torch.Generator().manual_seed(seed))
     # base stock: a quantile of the demand of lead time + 1 periods (clipping at 0 moves it by less than 0.01)

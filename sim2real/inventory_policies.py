@@ -98,24 +98,14 @@ def network(nu: Params, name: str, x: Tensor) -> Tensor:
     return x
 
 
-def plain_store_policy(mean: float) -> Policy:
-    """One store: `q = mean softplus(network(x / mean) + 1)`, `nu = network_weights({"order": (L, ..., 1)})`."""
-    return deterministic_policy(lambda nu, s: mean * F.softplus(network(nu, "order", s / mean) + 1.0))
+def plain_order_policy(mean: float) -> Policy:
+    """One store or a serial line: `q = mean softplus(network(x / mean) + 1)`, `nu = network_weights({"order": ...})`.
 
-
-def plain_serial_policy(lead_times: Sequence[int], mean: float) -> Policy:
-    """Serial line: a sigmoid share of what the next stock has on hand, the top one of 4 mean.
-
-    `nu = network_weights({"order": (sum of lead times, ..., N)})`.
+    As many inputs as the state has, as many outputs as there are stocks. In a line the model cuts what the next stock
+    cannot ship, so the network only has to learn what to ask for, which is nearly linear; a share of what the next
+    stock has, as the reference code learns, is not.
     """
-    firsts = [sum(lead_times[:k]) for k in range(1, len(lead_times))]
-
-    def order(nu: Params, state: Tensor) -> Tensor:
-        share = torch.sigmoid(network(nu, "order", state / mean))
-        top = state.new_full((*state.shape[:-1], 1), 4 * mean)
-        return share * torch.cat([*(state[..., k : k + 1] for k in firsts), top], -1)
-
-    return deterministic_policy(order)
+    return deterministic_policy(lambda nu, s: mean * F.softplus(network(nu, "order", s / mean) + 1.0))
 
 
 def plain_network_policy(traits: StoreTraits, *, hub: bool = False) -> Policy:

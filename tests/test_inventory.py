@@ -28,8 +28,7 @@ from sim2real.inventory_policies import (
     echelon_stock_policy,
     network,
     network_weights,
-    plain_serial_policy,
-    plain_store_policy,
+    plain_order_policy,
 )
 from sim2real.simulators import one_store, serial_line
 from sim2real.simulators.inventory_tasks import (
@@ -95,7 +94,7 @@ def test_serial_line_by_hand():
 def test_pathwise_gradient_is_that_of_the_batch():
     task = serial_task(1, 9.0)
     noise = task_noise(task, 6, 12, seed=57)
-    policy = plain_serial_policy((1, 3, 4, 2), 5.0)
+    policy = plain_order_policy(5.0)
     nu = network_weights({"order": (10, 8, 4)}, torch.Generator().manual_seed(0))
     grad = pathwise_gradient(task.mdp, policy, task.theta, nu, noise).grad
     for key in nu:
@@ -300,7 +299,7 @@ def test_hindsight_gradients_find_the_base_stock_level():
 
 
 def test_a_network_learns_one_store():
-    task, policy = one_store_task(1, 4.0), plain_store_policy(5.0)
+    task, policy = one_store_task(1, 4.0), plain_order_policy(5.0)
     noise = task_noise(task, 256, 20, seed=task.train_seed)
     nu = network_weights({"order": (1, 16, 1)}, torch.Generator().manual_seed(0))
     nu = {key: value.requires_grad_() for key, value in nu.items()}

@@ -14,6 +14,7 @@ from sim2real.estimators.baselines import (
     state_baseline,
     time_baseline,
 )
+from sim2real.estimators.bi_ac import bi_ac_gradient
 from sim2real.estimators.boltzmann_covariance import boltzmann_covariance_gradient
 from sim2real.estimators.boltzmann_tables import boltzmann_tables_gradient
 from sim2real.estimators.certificate import Certificate, certify
@@ -87,6 +88,7 @@ __all__ = [
     "audit",
     "auto_sensitivity",
     "best_of_restarts",
+    "bi_ac_gradient",
     "boltzmann_covariance_gradient",
     "boltzmann_tables_gradient",
     "certify",

@@ -16,6 +16,7 @@ Bilevel Reinforcement Learning via the Development of Hyper-gradient without Low
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -79,9 +80,10 @@ def hpgd_gradient(
     batch = transitions(data)
     fitted = batch if value_data is None else transitions(value_data)
     seen = _look(task, policy, theta, nu, batch, temperature, soft_value, critics, actions)
-    other = seen if value_data is None else _look(
-        task, policy, theta, nu, fitted, temperature, soft_value, critics, actions
-    )  # fmt: skip
+    other = seen
+    if value_data is not None:
+        other = _look(task, policy, theta, nu, fitted, temperature, soft_value, critics, actions)
+        other = replace(other, theta=seen.theta)
     outer, options = outer_weights(seen), seen.options
     pair, state = options.features, options.value_features
     of_pair, of_state = _regression(pair(fitted.states, fitted.actions)), _regression(state(fitted.states))
@@ -170,10 +172,8 @@ def _sarsa(data: Transitions, pair: Callable[[Tensor, Tensor], Tensor], discount
 
 def _pushed_forward(data: Transitions, share: Tensor, discount: float) -> Tensor:
     """y_k = sum_{t <= k, same episode} discount^(k - t) share_t: what a source is worth to all sums that hold it."""
-    answer = torch.zeros_like(share)
-    total, episode = share.new_zeros(()), -1
-    for k in range(len(share)):
-        here = int(data.episode[k])
-        total = share[k] + (discount * total if here == episode else 0.0)
-        answer[k], episode = total, here
-    return answer
+    by_step = share.new_zeros(int(data.step.max()) + 1, len(data.initial_states))
+    by_step[data.step, data.episode] = share
+    for k in range(1, len(by_step)):
+        by_step[k] += discount * by_step[k - 1]
+    return by_step[data.step, data.episode]

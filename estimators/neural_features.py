@@ -90,13 +90,11 @@ def trained_features(
 
 def returns_to_go(data: Transitions, rewards: Tensor, discount: float) -> Tensor:
     """`sum_{k >= t} discount^(k - t) r_k` to the end of the episode, of `rewards [N, k]` in the order recorded."""
-    total = torch.zeros_like(rewards)
-    following, episode = torch.zeros_like(rewards[0]), -1
-    for i in range(len(rewards) - 1, -1, -1):
-        here = int(data.episode[i])
-        following = rewards[i] + (discount * following if here == episode else 0.0)
-        total[i], episode = following, here
-    return total
+    by_step = rewards.new_zeros(int(data.step.max()) + 1, len(data.initial_states), rewards.shape[1])
+    by_step[data.step, data.episode] = rewards
+    for k in range(len(by_step) - 2, -1, -1):
+        by_step[k] += discount * by_step[k + 1]
+    return by_step[data.step, data.episode]
 
 
 def _scale(states: Tensor, scale: Tensor | float | None) -> Tensor:

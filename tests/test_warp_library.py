@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch.func import grad, jvp, vjp
 
 from sim2real import ModelMDP, Params, default_params
 from sim2real.cli import main
-from sim2real.conf.compose import resolve_function
+from sim2real.conf.compose import UsageError, resolve_function
 from sim2real.conf.models import MODELS
 from sim2real.fit import FitSettings, fit
 from sim2real.roll import roll, roll_sensitivities
@@ -141,7 +142,7 @@ def test_sensitivities_of_a_rollout_match_the_torch_twin(pushed: bool) -> None:
     actions, noise = (part.expand(12, *part.shape) for part in (action, e))
     states = roll(twin, theta, state, actions, noise)
     change = torch.randn(actions.shape, generator=seeded(7), dtype=torch.float64) if pushed else None
-    for free, rows in ((("damping", "inertia"), [0, 5, 12]), ((), [3, 7])):
+    for free, rows in ((("damping", "mgl"), [0, 5, 12]), ((), [3, 7])):
         ours, theirs = (
             roll_sensitivities(m, theta, free, (states, actions, noise), rows, change) for m in (kernel, twin)
         )
@@ -171,13 +172,13 @@ def test_a_fit_through_warp_is_the_fit_through_torch(name: str) -> None:
     """On a planted log of two runs, with a delay for the pendulum and warmed-up starts for the house."""
     factories = next(row[1:] for row in LIBRARY if row[0] == name)
     house = name == "building_rc 2"
-    kernel, twin = (factory() if house else factory(dt=0.02, integrator="midpoint") for factory in factories)
+    kernel, twin = (factory() if house else factory(**QUICK) for factory in factories)
     theta, hour = default_params(twin.box), 3600.0
     actions = smooth_inputs(2, 120, 1, twin.dt / hour / 8 if house else twin.dt, seed=3)
     weather = 5.0 + smooth_inputs(2, 120, 1, 0.05, seed=4) if house else None
     start = 20.0 + torch.zeros(2, 2).double() if house else torch.zeros(2, 2).double()
     log = simulated_log(twin, theta, start, actions + 3.0 if house else actions, weather, noise=1e-3)
-    settings = FitSettings(free=("mgl", "damping"), horizon=0.5, stride=0.2, zeros="shared", delay=True)
+    settings = FitSettings(free=("damping", "mgl"), horizon=0.2, stride=0.05, zeros="shared", delay=True)
     if house:
         settings = FitSettings(free=("Rie", "Ci"), horizon=12 * hour, stride=12 * hour, warmup=6 * hour, loss_scale=0.3)
     wrong = {key: 1.1 * value for key, value in theta.items()}
@@ -201,17 +202,26 @@ dt: 0.004
 
 def test_the_fit_command_takes_kernels_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same words but the name give the same parameters, and the file they are written to rebuilds the model."""
-    twin, torques = double_pendulum(), smooth_inputs(1, 250, 2, 0.004, seed=1)
+    twin, torques = double_pendulum(substeps=1), smooth_inputs(1, 250, 2, 0.004, seed=1)
     start = torch.tensor([[0.4, -0.2, 0.0, 0.0]], dtype=torch.float64)
-    log = simulated_log(twin, default_params(twin.box), start, torques, noise=1e-4)
+    smooth = {key: value * (key not in ("cf1", "cf2")) for key, value in default_params(twin.box).items()}
+    log = simulated_log(twin, smooth, start, torques, noise=1e-4)
     rows = torch.cat([0.004 * torch.arange(250)[:, None], log.signals[0, :250], log.actions[0]], 1)
     header = ",".join(["time", *twin.names["signal"], *twin.names["action"]])
     np.savetxt(tmp_path / "run.csv", rows, "%.9f", ",", header=header, comments="")
     (tmp_path / "schema.yaml").write_text(SCHEMA)
     words = [f"log={tmp_path / 'run.csv'}", f"schema={tmp_path / 'schema.yaml'}", "fit.horizon=0.1", "theta.mu=0.4"]
+    words += ["theta.cf1=0", "theta.cf2=0"]
     found = {}
     for model in ("double_pendulum", "warp_double_pendulum"):
-        fitting = [*words, f"model={model}", "fit.free=[mu,h]", "report=false", f"out={tmp_path / model}"]
+        fitting = [
+            *words,
+            f"model={model}",
+            "model.substeps=1",
+            "fit.free=[mu,h]",
+            "report=false",
+            f"out={tmp_path / model}",
+        ]
         assert main(["fit", *fitting, "--json"]) == 0
         found[model] = json.loads(capsys.readouterr().out)["parameters"]
     for name, row in found["double_pendulum"].items():
@@ -220,6 +230,13 @@ def test_the_fit_command_takes_kernels_by_name(tmp_path: Path, capsys: pytest.Ca
         assert other["value"] == pytest.approx(row["value"], rel=1e-7)
     assert found["warp_double_pendulum"]["mu"]["value"] == pytest.approx(0.3562, rel=1e-2)  # 1 s of clean log
     assert main(["evaluate", *words[:2], f"params={tmp_path / 'warp_double_pendulum'}", "evaluation.horizon=0.1"]) == 0
+
+
+def test_the_command_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "warp", None)
+    monkeypatch.delitem(sys.modules, "sim2real.simulators.warp_bicycle")
+    with pytest.raises(UsageError, match=r"pip install 'sim2real\[warp\]'"):
+        resolve_function("sim2real.simulators.warp_bicycle.warp_kinematic_bicycle", "model._target_")
 
 
 WARP_MODELS = [name for name in MODELS if name.startswith("warp_")]

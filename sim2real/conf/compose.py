@@ -22,6 +22,10 @@ from sim2real.conf import COMMANDS, CUSTOM, GROUPS, register
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
+EXTRAS = ("mujoco", "warp")
+"""engines that an extra of the same name installs"""
+
+
 class UsageError(ValueError):
     """The command line asks for something that does not exist or does not fit; the message says what does."""
 
@@ -106,6 +110,9 @@ def resolve_function(target: str, key: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
+        missing = getattr(error, "name", None)
+        if isinstance(error, ImportError) and missing in EXTRAS:
+            raise UsageError(f"{key}={target} needs {missing}: pip install 'sim2real[{missing}]'") from error
         raise UsageError(
             f"{key}={target}: no such function ({error}); give module.function, importable from here"
         ) from error

@@ -154,10 +154,11 @@ def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
         return value.view(lead)
 
     def open_loop(theta: Params, start: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        lead = _lead(source, theta, start, actions[:, 0], noise[:, 0])
-        over_time = (x.transpose(0, 1).unsqueeze(0) for x in (actions, noise))
+        drive = (actions.transpose(0, 1), noise.transpose(0, 1))
+        lead = _lead(source, theta, start, *drive)[-1:]
+        over_time = (x.expand(-1, *lead, -1).unsqueeze(0) for x in drive)
         program = _rollout_program(source, start.dtype)
-        (states,) = evaluate(program, pack(source, theta, lead, start), start.unsqueeze(0), *over_time)
+        (states,) = evaluate(program, pack(source, theta, lead, start), _flat(start, lead), *over_time)
         return states.squeeze(0).transpose(0, 1)
 
     def sensitivity(

@@ -105,10 +105,9 @@ def inventory_network(
     def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
         requests, orders = torch.relu(action).split([warehouses * n, warehouses], -1)
         on_hand = state[..., first : first + warehouses]
-        shipped = ship(requests.unflatten(-1, (warehouses, n)), on_hand)
+        shipped, kept = ship(requests.unflatten(-1, (warehouses, n)), on_hand)
         net = state[..., :n] - e
         stores = _moved(state[..., :first], torch.relu(net) if lost else net, at_stores(shipped))
-        kept = on_hand - shipped.sum(-1)
         return torch.cat([*stores, *_moved(state[..., first:], kept, at_warehouses(orders.unsqueeze(-2)))], -1)
 
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
@@ -156,17 +155,20 @@ def _names(layout: Layout) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _shipper(routes: Routes, hub: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """requests `[..., W, n]`, on hand `[..., W]` -> shipments `[..., W, n]`."""
+def _shipper(routes: Routes, hub: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """requests `[..., W, n]`, on hand `[..., W]` -> shipments `[..., W, n]` and what is kept `[..., W]`."""
     open_routes = torch.tensor(routes.lead_times) > 0
     everywhere = bool(open_routes.all())
 
-    def ship(requests: Tensor, on_hand: Tensor) -> Tensor:
+    def ship(requests: Tensor, on_hand: Tensor) -> tuple[Tensor, Tensor]:
         tiny = torch.finfo(requests.dtype).tiny ** 0.5
         requests = requests + tiny if hub else requests  # a hub that nobody asks shares equally
         requests = requests if everywhere else requests * open_routes.to(requests)
-        share = on_hand / requests.sum(-1).clamp_min(tiny)
-        return requests * (share if hub else share.clamp(max=1.0)).unsqueeze(-1)
+        total = requests.sum(-1)
+        share = on_hand / total.clamp_min(tiny)
+        if hub:
+            return requests * share.unsqueeze(-1), torch.zeros_like(on_hand)
+        return requests * share.clamp(max=1.0).unsqueeze(-1), torch.relu(on_hand - total)
 
     return ship
 
@@ -192,5 +194,7 @@ def _moved(pipeline: Tensor, kept: Tensor, arrivals: list[Tensor | None]) -> lis
     """The next pipeline of n stocks from what they kept `[..., n]`, position by position, each `[..., n]`."""
     n = kept.shape[-1]
     later = pipeline[..., n:].split(n, -1) if pipeline.shape[-1] > n else ()
-    ahead = [kept + later[0], *later[1:], torch.zeros_like(kept)] if later else [kept]
-    return [old if new is None else old + new for old, new in zip(ahead, arrivals, strict=True)]
+    ahead = [kept + later[0], *later[1:]] if later else [kept]
+    moved = [old if new is None else old + new for old, new in zip(ahead, arrivals, strict=False)]
+    # the width is the longest lead time, so something always enters the last position
+    return moved + [new for new in arrivals[len(moved) :] if new is not None]

@@ -24,6 +24,7 @@ from sim2real.simulators.inventory_tasks import (
     InventoryTask,
     many_warehouses_task,
     mean_cost,
+    one_store_task,
     one_warehouse_task,
     store_traits,
     task_noise,
@@ -252,3 +253,8 @@ def test_the_peer_of_the_race_computes_the_same_cost_and_gradient():
         torch.testing.assert_close(-cost.detach(), estimate.value)
         for key, grad in zip(nu, torch.autograd.grad(cost, list(leaves.values())), strict=True):
             torch.testing.assert_close(-grad, estimate.grad[key], rtol=1e-8, atol=1e-10)
+
+
+def test_only_networks_have_store_traits():
+    with pytest.raises(ValueError, match="only a network"):
+        store_traits(one_store_task(1, 4.0))

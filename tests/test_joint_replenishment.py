@@ -202,3 +202,12 @@ def test_reference_file_agrees():
     stored = json.loads(shared("reference/hpo/jrp_optima.json").read_text())["results"]
     task = joint_replenishment_task(2)
     assert stored[1]["means"] == task.mean.tolist()
+
+
+def test_negative_binomial_demand_has_its_moments():
+    task = negative_binomial_task()
+    demand = task_noise(task, 100, 500, seed=1).process.reshape(-1, 2)
+    # 5e4 draws of variance m (1 + 13 m), skewed: standard errors 1 % of the mean, 3 % of the deviation; four of each
+    torch.testing.assert_close(demand.mean(0), task.mean, rtol=0.05, atol=0)
+    torch.testing.assert_close(demand.std(0), task.std, rtol=0.12, atol=0)
+    torch.testing.assert_close(task.std.square(), task.mean * (1 + 13 * task.mean))

@@ -13,6 +13,7 @@ T. Haarnoja, H. Tang, P. Abbeel and S. Levine, Reinforcement Learning with Deep 
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -109,26 +110,33 @@ def soft_q_learning(
     ):
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
             raise ValueError(f"{name} must lie in [0, {size}), got {int(index.min())} to {int(index.max())}")
-    table = torch.zeros(shape, dtype=rewards.dtype) if q is None else q.clone()
-    seen = torch.zeros(shape, dtype=rewards.dtype)
-    value = temperature * torch.logsumexp(table / temperature, -1)
-    rows = list(
-        zip(states.tolist(), actions.tolist(), rewards.tolist(), next_states.tolist(), ended.tolist(), strict=True)
-    )
+    columns = (states, actions, rewards, next_states, ended)
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
+    first = torch.zeros(shape, dtype=rewards.dtype) if q is None else q
+    cells, seen = first.tolist(), [[0] * shape[1] for _ in range(shape[0])]
+    values = [_soft_maximum(cell, temperature) for cell in cells]
     for _ in range(passes):
-        for s, a, r, after, end in rows:
-            seen[s, a] += 1
-            target = r if end else r + discount * value[after]
-            table[s, a] += (target - table[s, a]) / seen[s, a] ** 0.7
-            value[s] = temperature * torch.logsumexp(table[s] / temperature, -1)
-    target = rewards + discount * torch.where(ended, torch.zeros_like(rewards), value[next_states])
+        for s, a, r, after, end in rows:  # in plain numbers: tensors of one element cost a hundred times as much
+            seen[s][a] += 1
+            target = r if end else r + discount * values[after]
+            cells[s][a] += (target - cells[s][a]) / seen[s][a] ** 0.7
+            values[s] = _soft_maximum(cells[s], temperature)
+    table, value = first.new_tensor(cells), first.new_tensor(values)
+    gap = (
+        rewards + discount * torch.where(ended, torch.zeros_like(rewards), value[next_states]) - table[states, actions]
+    )
     pair = states * shape[1] + actions
-    sums = torch.zeros(shape[0] * shape[1], dtype=rewards.dtype).index_add(0, pair, target - table[states, actions])
+    sums = torch.zeros(shape[0] * shape[1], dtype=rewards.dtype).index_add(0, pair, gap)
     count = torch.bincount(pair, minlength=len(sums)).clamp(min=1)
     residual = float((sums / count).abs().max() / value.abs().max().clamp(min=1.0))
     status = f"{passes} passes over {len(rows)} transitions"
     report = SolveReport(residual < 1e-2, residual, passes, status)
     return SoftFollower(torch.softmax(table / temperature, -1), value, table, report)
+
+
+def _soft_maximum(values: list[float], temperature: float) -> float:
+    top = max(values)
+    return top + temperature * math.log(sum(math.exp((value - top) / temperature) for value in values))
 
 
 def _check(reward: Tensor, transition: Tensor, discount: float, temperature: float) -> None:

@@ -77,6 +77,6 @@ def observed_soft_lqr(
     value_matrix = torch.cat([torch.cat([P, cross], 1), torch.cat([cross.mT, D.mT @ M @ D], 1)])
     m = R.shape[-1]
     entropy = 0.5 * temperature * (torch.logdet(S) - m * math.log(math.pi * temperature))
-    offset = (entropy + (M * (D @ W @ D.mT)).sum()) / (1 - discount)
+    offset = (entropy + discount * (M * (D @ W @ D.mT)).sum()) / (1 - discount)
     factor = torch.linalg.cholesky(0.5 * temperature * inverse)
     return ObservedSoftLQR(state_gain, response @ D, factor, value_matrix, offset)

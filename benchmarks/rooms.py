@@ -41,7 +41,7 @@ from sim2real.estimators import (
 )
 from sim2real.params import Estimate, Params
 from sim2real.simulators import four_rooms_tables, four_rooms_transition
-from sim2real.solvers import SoftFollower, soft_value_iteration
+from sim2real.solvers import SoftFollower, policy_values, soft_value_iteration
 
 CELLS, START, GOAL, GAMMA, LIMIT = 104, oracle.START, oracle.GOAL, 0.99, 200
 CUMULATIVE = four_rooms_transition().cumsum(-1).numpy()
@@ -188,5 +188,48 @@ def b_rooms_return(quick: bool) -> Iterator[Figure]:
         yield Figure(f"{temperature}-ms", 1e3 * elapsed, "ms of processor per iteration", seeds * steps)
 
 
+def stopped_return(logits: Tensor, temperature: float, sweeps: int) -> Tensor:
+    """The leader's value under a follower that stops after `sweeps` Bellman sweeps from zero, differentiable."""
+    tables, value = four_rooms_tables({"logits": logits}), torch.zeros(CELLS, dtype=torch.float64)
+    for _ in range(sweeps):
+        value = temperature * torch.logsumexp((tables.follower_reward + GAMMA * KERNEL @ value) / temperature, -1)
+    policy = torch.softmax((tables.follower_reward + GAMMA * KERNEL @ value) / temperature, -1)
+    return policy_values(policy, tables.leader_reward, KERNEL, GAMMA)[START]
+
+
+def b_suboptimal(quick: bool) -> Iterator[Figure]:
+    """Theorem 1 with the exact kernel at a follower that stopped short, from zero values.
+
+    own     cosine with the exact gradient of the leader's value under that follower, which moves with its sweeps
+    best    cosine with the exact gradient under the soft optimum
+    value   the leader's value under that follower
+    """
+    logits, temperature = oracle.trained_point()
+    best = torch.from_numpy(oracle.exact(logits, temperature).gradient)
+    theta = {"logits": torch.from_numpy(logits)}
+    cosine = torch.nn.functional.cosine_similarity
+    for sweeps in (5, 10, 25, 50, 100, 250, 500):
+        tables = four_rooms_tables(theta)
+        follower = soft_value_iteration(
+            tables.follower_reward, KERNEL, discount=GAMMA, temperature=temperature, sweeps=sweeps
+        )
+        found = boltzmann_tables_gradient(
+            four_rooms_tables,
+            theta,
+            follower.policy,
+            follower.value,
+            temperature=temperature,
+            leader_discount=GAMMA,
+            follower_discount=GAMMA,
+            transition=KERNEL,
+        ).grad["logits"]
+        x = theta["logits"].clone().requires_grad_()
+        value = stopped_return(x, temperature, sweeps)
+        own = torch.autograd.grad(value, x)[0]
+        yield Figure(f"{sweeps}-own", float(cosine(found, own, dim=0)), "cosine", 1)
+        yield Figure(f"{sweeps}-best", float(cosine(found, best, dim=0)), "cosine", 1)
+        yield Figure(f"{sweeps}-value", float(value.detach()), "leader value", 1)
+
+
 if __name__ == "__main__":
-    main({"b-rooms-gradient": b_rooms_gradient, "b-rooms-return": b_rooms_return})
+    main({"b-rooms-gradient": b_rooms_gradient, "b-rooms-return": b_rooms_return, "b-suboptimal": b_suboptimal})

@@ -14,6 +14,7 @@ reward function, the follower's policy and soft value; critics are least squares
     single-cosine, taken-cosine, unweighted-cosine    what other choices give
 
 `b-blackbox`: the follower unknown; policy by maximum likelihood, soft value from the same transitions.
+`b-siblings`: the naive gradient, HPGD and SoBiRL on the same transitions and features.
 `b-thermal-return`: exact J after 80 and 300 iterations of 10 000 fresh transitions, Adam 0.3, worst of 5 seeds.
 """
 
@@ -42,8 +43,11 @@ from sim2real.estimators import (
     boltzmann_covariance_gradient,
     fit_linear_follower,
     fit_soft_value,
+    hpgd_gradient,
     inverse_noise_weights,
+    naive_leader_gradient,
     random_features,
+    sobirl_gradient,
     trained_features,
     transitions,
 )
@@ -199,6 +203,35 @@ def b_blackbox(quick: bool) -> Iterator[Figure]:
         mean, rmse, _ = study(choice, repeats, black_box=True)
         yield Figure(f"{name}cosine", mean, "cosine", repeats)
         yield Figure(f"{name}rmse", rmse, "relative", repeats)
+
+
+def sibling(name: str, theta: Params, seed: int) -> Params:
+    """One of the other gradients, on the same transitions with the same features, pathwise sources."""
+    best = respond(theta)
+    data, follower_rewards = observe(theta, best, seed)
+    soft_value = lambda s: -((s @ best.cost_matrix) * s).sum(-1) - best.offset
+    critics = weighted(data, follower_rewards, seed)
+    args = (TASK, POLICY, theta, best.nu, data)
+    options: dict[str, Any] = {"temperature": 0.1, "soft_value": soft_value, "critics": critics}
+    if name == "naive":
+        return naive_leader_gradient(*args, **options).grad
+    if name == "sobirl":
+        return sobirl_gradient(*args, **options).grad
+    return hpgd_gradient(*args, **options, values="td" if name == "hpgd-td" else "monte_carlo").grad
+
+
+def b_siblings(quick: bool) -> Iterator[Figure]:
+    """Naive, HPGD and SoBiRL at zero logits."""
+    repeats = 6 if quick else 30
+    theta = {key: torch.zeros(4, dtype=torch.float64) for key in ("insulation", "airflow")}
+    exact = torch.from_numpy(oracle.exact(np.zeros(8)).gradient)
+    for name in ("naive", "hpgd-mc", "hpgd-td", "sobirl"):
+        grads = [sibling(name, theta, seed) for seed in range(repeats)]
+        found = torch.stack([ravel({key: grad[key] for key in theta}) for grad in grads])
+        cosine = torch.nn.functional.cosine_similarity(found, exact.unsqueeze(0)).mean()
+        rmse = (found - exact).square().sum(-1).mean().sqrt() / exact.norm()
+        yield Figure(f"{name}-cosine", float(cosine), "cosine", repeats)
+        yield Figure(f"{name}-rmse", float(rmse), "relative", repeats)
 
 
 def ascend(seed: int, iterations: int) -> tuple[list[float], float]:

@@ -85,7 +85,7 @@ def model_products(mdp: ModelMDP, at: tuple[Params, Tensor, Tensor, Tensor], dty
     named = lambda values: dict(zip(names, values, strict=True))
     step = lambda *x: mdp.step(named(x[:-3]), *x[-3:])
     reward = lambda *x: mdp.reward(named(x[:-4]), *x[-4:])
-    drive = (action.unsqueeze(1) * torch.linspace(1.0, -1.0, 5).double()[:, None], noise.unsqueeze(1).expand(-1, 5, -1))
+    drive = (action.unsqueeze(1) * torch.linspace(1.0, -1.0, 5).double()[:, None], noise.unsqueeze(1).repeat(1, 5, 1))
     roll = lambda *x: open_loop(mdp, named(x[:-3]), *x[-3:])
     following = mdp.step(named(tuple(t.to(dtype) for t in theta)), *(t.to(dtype) for t in at[1:])).double()
     cases = ((step, at[1:]), (reward, (*at[1:], following)), (roll, (state, *drive)))
@@ -252,7 +252,7 @@ def newton(quick: bool) -> Iterator[Figure]:
         raise MissingError(f"not measured: {python} could not run {script.name} ({reason[0]})")
     engine = json.loads(done.stdout.splitlines()[-1])
     names, leaves = rollout_inputs(cartpole(), 256, HORIZON, torch.float32)
-    ours = warp_cartpole()
+    ours = warp_cartpole(integrator="semi_implicit")  # as the engine: one evaluation per step
     (seconds,) = fastest(lambda: gradient(ours, names, leaves), repeats=5 if quick else 20)
     each = seconds / (256 * HORIZON)
     yield Figure("engine", engine["seconds"], "s per environment and step", engine["n"])

@@ -1,8 +1,8 @@
 """Elementary functions of vectors of numbers, as C++: polynomials of a reduced argument, to a few units of rounding.
 
 `elementary(precision)[name]` is the body of `f_name(V x)`, of `f_atan2(V x, V y)` or of `f_sincos(V x, V& s, V& c)`,
-with the number `T`, the vector `V` and the vector `I` of integers as wide, of `W` lanes. Where a reduction fails
-and for what is not finite, the C library computes all lanes.
+with the number `T`, the vector `V` and the vector `I` of integers as wide. Where a reduction fails and for what is not
+finite, `lanes_name` computes every lane by the C library.
 Reference: Cody and Waite, Software Manual for the Elementary Functions, 1980; coefficients of Moshier's Cephes library,
 release 2.8, and for sine and cosine in float64 of Sun's fdlibm 5.3.
 """
@@ -81,7 +81,7 @@ def _horner(text: str) -> str:
 
 def _library(name: str, allowed: str) -> str:
     """Every lane by the C library unless the condition holds for all."""
-    return f"if (!({allowed})) for (int j = 0; j < W; ++j) out[j] = wp::{name}(T(x[j]));\n"
+    return f"if (!({allowed})) out = lanes_{name}(x);\n"
 
 
 _SIZE = "const V m = __builtin_elementwise_abs(x);\n"
@@ -106,7 +106,7 @@ def _sincos(polynomials: dict[str, str], *, wide: bool) -> str:
     s = (q & 2) != 0 ? -e : e;
     c = ((q + 1) & 2) != 0 ? -f : f;
     if (!(__builtin_reduce_max(__builtin_elementwise_abs(x)) < T({largest})))
-        for (int j = 0; j < W; ++j) {{ s[j] = wp::sin(T(x[j])); c[j] = wp::cos(T(x[j])); }}
+        {{ s = lanes_sin(x); c = lanes_cos(x); }}
 """
 
 
@@ -130,7 +130,7 @@ _ARCTANGENT_2 = """
     const V p = __builtin_elementwise_abs(x), q = __builtin_elementwise_abs(y);
     const bool usual = __builtin_reduce_min(__builtin_elementwise_min(p, q)) > T(0)
         && __builtin_reduce_max(__builtin_elementwise_max(p, q)) < T(INFINITY);
-    if (!usual) for (int j = 0; j < W; ++j) out[j] = wp::atan2(T(x[j]), T(y[j]));
+    if (!usual) out = lanes_atan2(x, y);
     return out;
 """
 

@@ -92,7 +92,11 @@ def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> s
     narrow = f"using V = T; using B = bool; constexpr int W = 1;\n{plain}"
     if lanes == 1:
         return f"using T = {CTYPES[precision]};\n{narrow}"
-    wide = "".join(_wide(name, precision) for name in _with_needs(called, NEEDS))
+    names = _with_needs(called, NEEDS)
+    single = dict.fromkeys(
+        part for name in names for part in _ONE_BY_ONE.get(name, (name,)) if name not in _ELEMENTWISE
+    )
+    wide = "".join([_lanes(name) for name in single] + [_wide(name, precision) for name in names])
     return (
         f"using T = {CTYPES[precision]};\n#if defined(__CUDA_ARCH__)\n{narrow}#else\nconstexpr int W = {lanes};\n"
         f"typedef T V __attribute__((ext_vector_type({lanes})));\nusing I = decltype(V() < V()); using B = I;\n"
@@ -105,6 +109,7 @@ def _with_needs(called: Sequence[str], needs: Mapping[str, tuple[str, ...]]) -> 
     return list(dict.fromkeys(name for call in called for name in (*needs.get(call, ()), call)))
 
 
+_ONE_BY_ONE = {"sincos": ("sin", "cos"), "sin": (), "cos": (), "tan": ()}  # C functions behind a vector function
 _BINARY = {"atan2", "pow", "min", "max"}
 
 
@@ -120,12 +125,17 @@ def _wide(name: str, precision: torch.dtype) -> str:
     """`f_name` on a vector: an instruction, or a polynomial, or one lane after the other."""
     arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
     if name == "sincos":
-        return f"auto f_sincos = [](V x, V& s, V& c) {{{elementary(precision)[name]}}};\n"
+        return f"auto f_sincos = [&](V x, V& s, V& c) {{{elementary(precision)[name]}}};\n"
     if name in _ELEMENTWISE:
         body = f"return __builtin_elementwise_{_ELEMENTWISE[name]}({values});"
-    elif name in elementary(precision):
-        body = elementary(precision)[name]
     else:
-        lane = ", ".join(f"T({value}[j])" for value in values.split(", "))
-        body = f"V out; for (int j = 0; j < W; ++j) out[j] = wp::{name}({lane}); return out;"
+        body = elementary(precision).get(name, f"return lanes_{name}({values});")
     return f"auto f_{name} = [&]({arguments}) -> V {{ {body} }};\n"
+
+
+def _lanes(name: str) -> str:
+    """`lanes_name` on a vector: one lane after the other, out of line."""
+    arguments, values = ("V x, V y", ("x", "y")) if name in _BINARY else ("V x", ("x",))
+    lane = ", ".join(f"T({value}[j])" for value in values)
+    body = f"V out; for (int j = 0; j < W; ++j) out[j] = wp::{name}({lane}); return out;"
+    return f"auto lanes_{name} = []({arguments}) __attribute__((noinline)) -> V {{ {body} }};\n"

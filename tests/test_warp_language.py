@@ -98,7 +98,11 @@ def computed(precision: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
-@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "precision",
+    [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)],  # slow: compiles for 10 s
+    ids=["float64", "float32"],
+)
 @pytest.mark.parametrize("name", list(warp_phrases.twins(torch.full((1, 4), 0.5), torch.full((1, 4), 0.4))))
 def test_phrases_equal_torch_to_second_order(name: str, precision: torch.dtype) -> None:
     # float64: 1e-10 of the size of each result; float32: its rounding, about 1e-7, times the condition of divisions
@@ -106,6 +110,16 @@ def test_phrases_equal_torch_to_second_order(name: str, precision: torch.dtype) 
     for ours, theirs in zip(computed(precision)[name], reference()[name], strict=True):
         scale = theirs.abs().clamp(min=1.0)
         assert ((ours.double() - theirs) / scale).abs().max() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_phrases_compile_for_cuda(precision: torch.dtype, tmp_path: Path) -> None:
+    # Warp brings the CUDA compiler along: no device is needed
+    for tile in vars(translated(precision)[1]).values():
+        module = over_time(tile, backward=False).module
+        wp.compile_aot_module(module, arch=80, module_dir=tmp_path, use_ptx=True)
+        assert list(tmp_path.glob(f"*{tile.key}*.ptx"))
 
 
 # ----------------------------------------------------------------------------------------------- functions for kernels
@@ -183,6 +197,7 @@ def test_same_function_is_the_same_warp_function() -> None:
     assert one.primal is not translate(small, arguments, precision=torch.float32).primal
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_code() -> None:
     # Warp's cache is keyed by this code, so a second process compiles nothing
     program = (

@@ -273,7 +273,9 @@ def pack(source: KernelSource, theta: Params, lead: torch.Size, like: Tensor) ->
     if any(value.dtype != like.dtype or value.device != like.device for value in values):
         values = [_alike(key, theta[key], like) for key in source.parameters]
     if all(value.ndim == 0 for value in values):
-        return torch.stack(values).expand(1, prod(lead), len(values))
+        # never one number alone: torch would sum its gradient in an order that depends on the number of threads
+        row = torch.stack(values if len(values) > 1 else [*values, like.new_zeros(())])
+        return row.expand(1, prod(lead), -1)[..., : len(values)]
     rows = torch.stack([value.expand(lead) for value in values])  # component-major: environments lie side by side
     return rows.reshape(1, len(values), prod(lead)).transpose(1, 2)
 

@@ -44,6 +44,7 @@ from torch.func import jvp, vjp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, MissingError, main
+from benchmarks.warp_fit import w_fit
 from benchmarks.warp_library import LIBRARY, points
 from sim2real import ModelMDP, Params, default_params
 from sim2real.simulators import cartpole, double_pendulum
@@ -318,5 +319,6 @@ if __name__ == "__main__":
         "w-hvp": hvp,
         "w-memory": memory,
         "w-threads": threads,
+        "w-fit": w_fit,
     }
     main(bars)

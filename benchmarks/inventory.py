@@ -55,10 +55,10 @@ from sim2real.simulators.inventory_tasks import InventoryTask, one_warehouse_tas
 
 def m_hdpo(quick: bool) -> Iterator[Figure]:
     """Trains one instance of each class (quick: of the first two, with fewer steps)."""
-    steps = 800 if quick else 3000
+    steps = 500 if quick else 2000
     trials = [backlogged(4, 9.0, Recipe(steps)), lost(4, 9.0, Recipe(steps))]
     if not quick:
-        trials += [serial(4, 9.0), transshipment(5, 0.5, 2, 4.0, Recipe(2000, batch=256))]
+        trials += [serial(4, 9.0), transshipment(5, 0.5, 2, 4.0, Recipe(2000, 3e-3, batch=256, paths=8192))]
     for trial in trials:
         name = trial.name.split("/")[0]
         nu, seconds = trained(trial)
@@ -85,7 +85,7 @@ def m_symmetry(quick: bool) -> Iterator[Figure]:
     """16 training paths; 10 stores (full: also 50)."""
     steps, costs, weights = (400 if quick else 2000), {}, {}
     for stores in (10,) if quick else (10, 50):
-        recipe = Recipe(steps, 3e-3, batch=16, paths=16)
+        recipe = Recipe(steps, batch=16, paths=16)
         for symmetric in (False, True):
             trial = warehouse(stores, replace(recipe, rate=3e-3 if symmetric else 3e-4), symmetric=symmetric)
             chosen = task_noise(trial.task, 64, 150, seed=trial.task.train_seed + 1, dtype=torch.float32)

@@ -50,9 +50,9 @@ LINE_HOLDING = (1.0, 0.5, 0.2, 0.1)
 class Recipe:
     """Adam, its rate raised over 50 steps and lowered along a half cosine; float32 as in the reference code."""
 
-    steps: int = 3000
-    rate: float = 3e-3
-    batch: int = 1024
+    steps: int = 2000
+    rate: float = 5e-3
+    batch: int = 512
     paths: int = 32768
     """fixed training paths that batches are drawn from; all in one when there are no more than `batch`"""
     periods: int = 50
@@ -79,7 +79,7 @@ def backlogged(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, se
         f"backlogged/L{lead_time}-p{underage:g}",
         one_store_task(lead_time, underage),
         plain_order_policy(5.0),
-        network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
+        _order_weights(lead_time, 1, seed),
         recipe,
         cost,
         (base_stock_policy(), {"level": torch.tensor([level])}),
@@ -98,7 +98,7 @@ def lost(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: in
         f"lost/L{lead_time}-p{underage:g}",
         one_store_task(lead_time, underage, lost=True),
         plain_order_policy(5.0),
-        network_weights({"order": (lead_time, 32, 32, 32, 1)}, _seeded(seed)),
+        _order_weights(lead_time, 1, seed),
         recipe,
         optimum.cost,
         (deterministic_policy(order), {}),
@@ -106,14 +106,14 @@ def lost(lead_time: int, underage: float, recipe: Recipe = Recipe(), *, seed: in
     )
 
 
-def serial(lead_time: int, underage: float, recipe: Recipe = Recipe(rate=5e-3), *, seed: int = 0) -> Trial:
+def serial(lead_time: int, underage: float, recipe: Recipe = Recipe(batch=256, periods=100), *, seed: int = 0) -> Trial:
     times = (lead_time, 3, 4, 2)
     levels, cost = clark_scarf(times, LINE_HOLDING, underage)
     return Trial(
         f"serial/L{lead_time}-p{underage:g}",
         serial_task(lead_time, underage),
         plain_order_policy(5.0),
-        network_weights({"order": (sum(times), 32, 32, 4)}, _seeded(seed)),
+        _order_weights(sum(times), 4, seed),
         recipe,
         cost,
         (echelon_stock_policy(times), {"level": torch.tensor(levels)}),
@@ -147,6 +147,10 @@ def warehouse(stores: int, recipe: Recipe, *, symmetric: bool, width: int = 512,
         weights = network_weights({"all": (inputs, width, width, width, stores + 1)}, _seeded(seed))
     kind = "symmetric" if symmetric else "plain"
     return Trial(f"warehouse/n{stores}-{recipe.paths}-{kind}", task, policy, weights, recipe)
+
+
+def _order_weights(inputs: int, stocks: int, seed: int) -> Params:
+    return network_weights({"order": (inputs, 32, 32, 32, stocks), "direct": (inputs, stocks)}, _seeded(seed))
 
 
 def _seeded(seed: int) -> torch.Generator:

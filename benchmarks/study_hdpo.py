@@ -1,6 +1,6 @@
 """The whole study of hindsight training: every published instance of every class, one row each; hours of one core.
 
-    python benchmarks/study_hdpo.py [--only backlogged/] [--steps 3000] [--out benchmarks/results/hdpo.json]
+    python benchmarks/study_hdpo.py [--only backlogged/] [--steps 2000] [--out benchmarks/results/hdpo.json]
 
 Resumable: instances that the file already holds are skipped, and the file is replaced as a whole after each new one. A
 row holds the gap to the optimum (or the cost, where no optimum is known), its standard error over test paths, CPU
@@ -45,14 +45,14 @@ SHORTAGES = (4.0, 9.0, 19.0, 39.0)
 
 def instances(steps: int) -> Iterator[tuple[str, Callable[[], Trial]]]:
     """Names as the trials have them, and how to build each."""
-    recipe, pooled = Recipe(steps), Recipe(steps, batch=256, paths=8192)
+    recipe, pooled = Recipe(steps), Recipe(steps, 3e-3, batch=256, paths=8192)
     for lead_time in (1, 4, 7, 10, 15, 20):
         for p in SHORTAGES:
             yield f"backlogged/L{lead_time}-p{p:g}", partial(backlogged, lead_time, p, recipe)
     for lead_time in (1, 2, 3, 4):
         for p in SHORTAGES:
             yield f"lost/L{lead_time}-p{p:g}", partial(lost, lead_time, p, recipe)
-            yield f"serial/L{lead_time}-p{p:g}", partial(serial, lead_time, p, replace(recipe, rate=5e-3))
+            yield f"serial/L{lead_time}-p{p:g}", partial(serial, lead_time, p, replace(recipe, batch=256, periods=100))
     for stores in (3, 5, 10):
         for correlation in (0.0, 0.5):
             for lead_time in (2, 6):
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hdpo.json")
     parser.add_argument("--only", default="", help="part of the instance's name")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one instance, a short test")
     arguments = parser.parse_args()

@@ -99,13 +99,18 @@ def network(nu: Params, name: str, x: Tensor) -> Tensor:
 
 
 def plain_order_policy(mean: float) -> Policy:
-    """One store or a serial line: `q = mean softplus(network(x / mean) + 1)`, `nu = network_weights({"order": ...})`.
+    """One store or a serial line: `q = mean softplus_4(order(x / mean) + direct(x / mean) + 1)`, one output per stock.
 
-    As many inputs as the state has, as many outputs as there are stocks. In a line the model cuts what the next stock
-    cannot ship, so the network only has to learn what to ask for, which is nearly linear; a share of what the next
-    stock has, as the reference code learns, is not.
+    softplus_4(z) = log(1 + exp(4 z)) / 4. `nu = network_weights({"order": (n, ..., N), "direct": (n, N)})` for states
+    of size n and N stocks; the direct, linear path is there because order-up-to rules are linear where they order. In a
+    line the model cuts what the next stock cannot ship, so the network only learns what to ask for.
     """
-    return deterministic_policy(lambda nu, s: mean * F.softplus(network(nu, "order", s / mean) + 1.0))
+
+    def order(nu: Params, state: Tensor) -> Tensor:
+        x = state / mean
+        return mean * F.softplus(network(nu, "order", x) + network(nu, "direct", x) + 1.0, beta=4.0)
+
+    return deterministic_policy(order)
 
 
 def plain_network_policy(traits: StoreTraits, *, hub: bool = False) -> Policy:

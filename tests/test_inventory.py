@@ -95,7 +95,7 @@ def test_pathwise_gradient_is_that_of_the_batch():
     task = serial_task(1, 9.0)
     noise = task_noise(task, 6, 12, seed=57)
     policy = plain_order_policy(5.0)
-    nu = network_weights({"order": (10, 8, 4)}, torch.Generator().manual_seed(0))
+    nu = network_weights({"order": (10, 8, 4), "direct": (10, 4)}, torch.Generator().manual_seed(0))
     grad = pathwise_gradient(task.mdp, policy, task.theta, nu, noise).grad
     for key in nu:
         tangent = torch.randn(nu[key].shape, generator=torch.Generator().manual_seed(1)).double()
@@ -301,7 +301,7 @@ def test_hindsight_gradients_find_the_base_stock_level():
 def test_a_network_learns_one_store():
     task, policy = one_store_task(1, 4.0), plain_order_policy(5.0)
     noise = task_noise(task, 256, 20, seed=task.train_seed)
-    nu = network_weights({"order": (1, 16, 1)}, torch.Generator().manual_seed(0))
+    nu = network_weights({"order": (1, 16, 1), "direct": (1, 1)}, torch.Generator().manual_seed(0))
     nu = {key: value.requires_grad_() for key, value in nu.items()}
     optimizer = torch.optim.Adam(nu.values(), lr=0.02, maximize=True)
     for _ in range(150):

@@ -1,7 +1,9 @@
-"""The enumerated hybrid problem of `oracles/mixed_enumeration.py` as a model and policies of the library."""
+"""The enumerated hybrid problem of `oracles/mixed_enumeration.py` as a model and policies, and its trajectories."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.oracles import mixed_enumeration as oracle
 from sim2real.hybrid_policy import HybridPolicy, discrete_first_policy
-from sim2real.mdp import ModelMDP
+from sim2real.mdp import ModelMDP, Noise
 from sim2real.params import Params
+from sim2real.rollout import discounted_return, rollout
 
 POINTS = ("far", "mid", "near", "very near")
 _A, _B, _KAPPA, _START = (torch.tensor(value) for value in (oracle.A, oracle.B, oracle.KAPPA, oracle.START))
@@ -62,3 +65,31 @@ def as_params(vector: Tensor) -> Params:
     """nu from the 18 numbers of the oracle."""
     W, b, k, h = vector.split([6, 3, 6, 3])
     return {"W": W.reshape(3, 2), "b": b, "k": k.reshape(3, 2), "h": h}
+
+
+def forced(policy: HybridPolicy) -> HybridPolicy:
+    """The policy whose noise column 0 names the choice instead of drawing it."""
+    return replace(policy, act=lambda nu, s, e: policy.branch(nu, s, e[:, 0].round().long(), e))
+
+
+def every_trajectory(policy: HybridPolicy, horizon: int) -> Noise:
+    """Noise of all rollouts of the instance: two starts, two noises and K choices per step, one row each."""
+    steps = list(itertools.product(range(policy.choices), (-1.0, 1.0)))
+    rows = list(itertools.product((-1.0, 1.0), *[steps] * horizon))
+    choice = torch.tensor([[step[0] for step in row[1:]] for row in rows], dtype=torch.float64).unsqueeze(-1)
+    eta = torch.tensor([[step[1] for step in row[1:]] for row in rows], dtype=torch.float64).unsqueeze(-1)
+    acting = torch.cat([choice, eta], -1) if policy.stochastic else choice
+    return Noise(torch.tensor([[row[0]] for row in rows], dtype=torch.float64), eta, acting)
+
+
+def probabilities(
+    mdp: ModelMDP, policy: HybridPolicy, theta: Params, nu: Params, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Probability and return `[N]` of every trajectory, differentiable in theta and nu."""
+    path = rollout(mdp, forced(policy), theta, nu, noise)
+    log_p = torch.zeros_like(path.rewards[:, 0])
+    for t, action in enumerate(path.actions.unbind(1)):
+        of_all = policy.choice_log_probs(nu, path.states[:, t], action)
+        log_p = log_p + of_all.gather(-1, policy.index(action).unsqueeze(-1)).squeeze(-1)
+    eta_and_start = 0.5 ** (path.rewards.shape[1] + 1)
+    return log_p.exp() * eta_and_start, discounted_return(path.rewards, mdp.discount)

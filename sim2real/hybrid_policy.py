@@ -50,8 +50,8 @@ def discrete_first_policy(
     """d ~ softmax(logits(nu, s) `[B, K]`), then c = branches(nu, s)`[B, K, m]`[d] + std * eta.
 
     `std` is in units of c: a number, or a function of (nu, s) that gives `[B, K, m]`. The active branch is gathered:
-    the others, however large, touch neither value nor derivative. Raises `ValueError` for sizes below 1 (0 for
-    `continuous_dim`) or a negative std, and, when called, for heads of another shape.
+    the others, however large (but finite), touch neither value nor derivative. Raises `ValueError` for sizes below 1
+    (0 for `continuous_dim`) or a negative std, and, when called, for heads of another shape.
     """
     stochastic = _check_sizes(choices, continuous_dim, std)
 

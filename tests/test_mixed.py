@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,34 +25,6 @@ ROUNDING = 1e-9
 """sums of some hundred float64 terms of size 10"""
 
 
-def forced(policy: HybridPolicy) -> HybridPolicy:
-    """The policy whose noise column 0 names the choice instead of drawing it."""
-    return replace(policy, act=lambda nu, s, e: policy.branch(nu, s, e[:, 0].round().long(), e))
-
-
-def every_trajectory(policy: HybridPolicy, horizon: int) -> Noise:
-    """Noise of all rollouts of the instance: two starts, two noises and K choices per step, one row each."""
-    steps = list(itertools.product(range(policy.choices), (-1.0, 1.0)))
-    rows = list(itertools.product((-1.0, 1.0), *[steps] * horizon))
-    choice = torch.tensor([[step[0] for step in row[1:]] for row in rows], dtype=torch.float64).unsqueeze(-1)
-    eta = torch.tensor([[step[1] for step in row[1:]] for row in rows], dtype=torch.float64).unsqueeze(-1)
-    acting = torch.cat([choice, eta], -1) if policy.stochastic else choice
-    return Noise(torch.tensor([[row[0]] for row in rows], dtype=torch.float64), eta, acting)
-
-
-def probabilities(
-    mdp: ModelMDP, policy: HybridPolicy, theta: Params, nu: Params, noise: Noise
-) -> tuple[Tensor, Tensor]:
-    """Probability and return `[N]` of every trajectory, differentiable in theta and nu."""
-    path = rollout(mdp, forced(policy), theta, nu, noise)
-    log_p = torch.zeros_like(path.rewards[:, 0])
-    for t, action in enumerate(path.actions.unbind(1)):
-        of_all = policy.choice_log_probs(nu, path.states[:, t], action)
-        log_p = log_p + of_all.gather(-1, policy.index(action).unsqueeze(-1)).squeeze(-1)
-    eta_and_start = 0.5 ** (path.rewards.shape[1] + 1)
-    return log_p.exp() * eta_and_start, discounted_return(path.rewards, mdp.discount)
-
-
 def expected_gradient(
     estimator: Callable[..., Estimate], mdp: ModelMDP, policy: HybridPolicy, theta: Params, nu: Params, noise: Noise
 ) -> Tensor:
@@ -62,9 +33,9 @@ def expected_gradient(
     Without entropy bonus every term of the estimate is linear in the rewards of its own rollout.
     """
     with torch.no_grad():
-        weights, _ = probabilities(mdp, policy, theta, nu, noise)
+        weights, _ = instance.probabilities(mdp, policy, theta, nu, noise)
     scaled = replace(mdp, reward=lambda th, s, a, e, f: len(weights) * weights * mdp.reward(th, s, a, e, f))
-    return ravel(estimator(scaled, forced(policy), theta, nu, noise).grad)
+    return ravel(estimator(scaled, instance.forced(policy), theta, nu, noise).grad)
 
 
 def summed_gradient(
@@ -72,11 +43,11 @@ def summed_gradient(
 ) -> Tensor:
     """The same with any bonus: a batch of one trajectory each."""
     with torch.no_grad():
-        weights, _ = probabilities(mdp, policy, theta, nu, noise)
+        weights, _ = instance.probabilities(mdp, policy, theta, nu, noise)
     parts = []
     for row, weight in enumerate(weights):
         one = Noise(noise.initial[row : row + 1], noise.process[row : row + 1], noise.policy[row : row + 1])
-        parts.append(weight * ravel(estimator(mdp, forced(policy), theta, nu, one).grad))
+        parts.append(weight * ravel(estimator(mdp, instance.forced(policy), theta, nu, one).grad))
     return torch.stack(parts).sum(0)
 
 
@@ -85,7 +56,7 @@ def exact_gradient(
 ) -> Tensor:
     """Derivative of the enumerated return itself."""
     leaves = {key: value.clone().requires_grad_() for key, value in (nu if wrt == "nu" else theta).items()}
-    weights, returns = probabilities(mdp, policy, *((theta, leaves) if wrt == "nu" else (leaves, nu)), noise)
+    weights, returns = instance.probabilities(mdp, policy, *((theta, leaves) if wrt == "nu" else (leaves, nu)), noise)
     grads = torch.autograd.grad((weights * returns).sum(), list(leaves.values()))
     return torch.cat([grad.reshape(-1) for grad in grads])
 
@@ -121,8 +92,8 @@ THETA = {"gain": scalar(0.9), "price": scalar(0.2)}
 @pytest.mark.parametrize("point", instance.POINTS)
 def test_the_instance_is_that_of_the_oracle(point: str) -> None:
     nu, policy, mdp = instance.parameters(point), instance.policy(), instance.model()
-    noise = every_trajectory(policy, 3)
-    weights, returns = probabilities(mdp, policy, {}, nu, noise)
+    noise = instance.every_trajectory(policy, 3)
+    weights, returns = instance.probabilities(mdp, policy, {}, nu, noise)
     assert float(weights.sum()) == pytest.approx(1.0, abs=1e-12)
     numbers = ravel(nu).numpy()
     assert float((weights * returns).sum()) == pytest.approx(float(oracle.returns(numbers[None])[0]), abs=ROUNDING)
@@ -147,7 +118,7 @@ def test_mean_over_all_trajectories_is_the_enumerated_gradient(point: str, cross
     """No sampling error: all 432 trajectories, against the enumeration in NumPy."""
     mdp, policy, nu = instance.model(), instance.policy(), instance.parameters(point)
     estimator = partial(mixed_gradient, cross_term=cross_term, advantage=no_baseline)
-    found = expected_gradient(estimator, mdp, policy, {}, nu, every_trajectory(policy, 3))
+    found = expected_gradient(estimator, mdp, policy, {}, nu, instance.every_trajectory(policy, 3))
     expected = torch.tensor(oracle.gradient(ravel(nu).numpy(), cross_term))
     torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
 
@@ -157,7 +128,7 @@ def test_the_entropy_bonus_is_differentiated_as_the_cross_term_says(cross_term: 
     """All trajectories of two steps, one by one, against the enumeration in NumPy."""
     mdp, policy, nu = instance.model(), instance.policy(), instance.parameters("far")
     estimator = partial(mixed_gradient, cross_term=cross_term, temperature=0.7, advantage=no_baseline)
-    found = summed_gradient(estimator, mdp, policy, {}, nu, every_trajectory(policy, 2))
+    found = summed_gradient(estimator, mdp, policy, {}, nu, instance.every_trajectory(policy, 2))
     expected = torch.tensor(oracle.gradient(ravel(nu).numpy(), cross_term, 0.7, horizon=2))
     torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
 
@@ -169,7 +140,7 @@ def test_shared_parameters_either_order_and_either_side(order: str, std: float, 
     """Two-step trajectories of a shared trunk, the continuous part sure or drawn (its noise +-1), exact."""
     policy, nu = shared_trunk(order, std)
     mdp = scaled_model("none" if std else "two-point")
-    noise = every_trajectory(policy, 2)
+    noise = instance.every_trajectory(policy, 2)
     estimator = partial(mixed_gradient, wrt=wrt, advantage=no_baseline)
     found = expected_gradient(estimator, mdp, policy, THETA, nu, noise)
     torch.testing.assert_close(found, exact_gradient(mdp, policy, THETA, nu, noise, wrt), atol=ROUNDING, rtol=ROUNDING)
@@ -222,7 +193,7 @@ def test_at_the_soft_best_response_the_decentralised_update_is_exact(temperature
     mdp, point = instance.model(), instance.parameters("far")
     gains = {key: point[key] for key in ("k", "h")}
     policy, timed = soft_response(mdp, gains, 2, temperature), clocked(mdp)
-    noise = every_trajectory(policy, 2)
+    noise = instance.every_trajectory(policy, 2)
     estimator = partial(mixed_gradient, cross_term="entropy", temperature=temperature, advantage=no_baseline)
     decentralised = summed_gradient(estimator, timed, policy, {}, gains, noise)
     exact = entropy_gradient(timed, policy, gains, noise, temperature)
@@ -234,8 +205,8 @@ def test_at_the_soft_best_response_the_decentralised_update_is_exact(temperature
 def entropy_gradient(mdp: ModelMDP, policy: HybridPolicy, nu: Params, noise: Noise, temperature: float) -> Tensor:
     """Derivative of the enumerated return with the entropy bonus."""
     leaves = {key: value.clone().requires_grad_() for key, value in nu.items()}
-    weights, returns = probabilities(mdp, policy, {}, leaves, noise)
-    path = rollout(mdp, forced(policy), {}, leaves, noise)
+    weights, returns = instance.probabilities(mdp, policy, {}, leaves, noise)
+    path = rollout(mdp, instance.forced(policy), {}, leaves, noise)
     steps = zip(path.states[:, :-1].unbind(1), path.actions.unbind(1), strict=True)
     bonus = torch.stack([choice_entropy(policy.choice_log_probs(leaves, s, a)) for s, a in steps], 1)
     total = returns + temperature * discounted_return(bonus, mdp.discount)

@@ -180,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="few steps, short tests")
     parser.add_argument("--plot", help="write the figure to this file")
     arguments = parser.parse_args()
-    tiny = {"store_steps": 40, "stores": 3, "network_steps": 20, "rows": 2, "test_paths": 20, "test_periods": 60}
+    tiny = {"store_steps": 20, "stores": 3, "network_steps": 10, "rows": 2, "test_paths": 20, "test_periods": 30}
     drawn = main(Settings(**tiny) if arguments.quick else Settings(), arguments.seed)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

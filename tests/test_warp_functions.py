@@ -103,6 +103,11 @@ ORDERS: dict[str, Callable[[Callable[..., Tensors]], Callable[[Inputs, Inputs], 
     "grad of jvp": lambda f: lambda x, dx: grad(lambda *q: jvp(loss(f), q, dx)[1], ALL)(*x),
     "vjp of vjp": lambda f: lambda x, dx: vjp(vjp(f, *x)[1], (dx[0], dx[2]))[1](dx),
     "jvp of vjp in the cotangent": lambda f: lambda x, dx: jvp(vjp(f, *x)[1], ((dx[0], dx[2]),), ((x[0], x[2]),)),
+    "transpose of jvp": lambda f: lambda x, dx: vjp(lambda *d: jvp(f, x, d)[1], *dx)[1]((dx[0], dx[2])),
+    "transpose of jvp of grad": lambda f: (
+        lambda x, dx: vjp(lambda *d: jvp(grad(loss(f), ALL), x, d)[1], *dx)[1](inputs(seed=3))
+    ),
+    "transpose of vjp of grad": lambda f: lambda x, dx: vjp(vjp(grad(loss(f), ALL), *x)[1], dx)[1](inputs(seed=3)),
     "grad of grad of one input": lambda f: (
         lambda x, dx: grad(lambda b: (grad(loss(f))(x[0], b, x[2]) * dx[0]).sum())(x[1])
     ),
@@ -174,6 +179,15 @@ def test_third_order_raises_in_autograd() -> None:
     (second,) = torch.autograd.grad(first.sin().sum(), a, create_graph=True)
     with pytest.raises(DerivativeOrderError, match="third derivatives"):
         torch.autograd.grad(second.sum(), a)
+
+
+def test_forward_mode_over_a_second_order_product_raises() -> None:
+    x, dx = inputs(), inputs(seed=1)
+    curved = lambda *q: jvp(grad(loss(ours), ALL), q, dx)[1]
+    with pytest.raises(DerivativeOrderError, match="not available through this model"):
+        jvp(curved, x, dx)
+    with pytest.raises(DerivativeOrderError, match="third derivatives"):
+        jvp(lambda *d: jvp(grad(loss(ours), ALL), x, d)[1], dx, dx)
 
 
 def test_forward_mode_through_constant_inputs_is_linear() -> None:

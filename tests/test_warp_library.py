@@ -16,10 +16,8 @@ import pytest
 import torch
 from problems import seeded
 from synthetic_logs import simulated_log, smooth_inputs
-from torch import Tensor
-from torch.func import grad, jvp, vjp
 
-from sim2real import ModelMDP, Params, default_params
+from sim2real import ModelMDP, default_params
 from sim2real.cli import main
 from sim2real.conf.compose import UsageError, resolve_function
 from sim2real.conf.models import MODELS
@@ -30,6 +28,7 @@ from sim2real.simulators import double_pendulum
 pytest.importorskip("warp")
 
 from benchmarks.warp_library import LIBRARY, SYSTEMS, points
+from sim2real.simulators.warp_check import check_kernel
 
 QUICK = {"integrator": "midpoint", "substeps": 1}
 """the shortest kernels of a system: what is compiled decides what a test costs"""
@@ -43,75 +42,27 @@ def pair(name: str, options: dict[str, object]) -> tuple[ModelMDP, ModelMDP]:
     return kernel(**options), twin(**options)
 
 
-def products(model: ModelMDP, point: tuple[Params, Tensor, Tensor, Tensor]) -> dict[str, list[Tensor]]:
-    """Step and reward with their VJP, JVP and the Hessian product of a random combination, along random directions."""
-    theta, *inputs = point
-    keys, generator = tuple(theta), seeded(9)
-    x = (torch.stack(list(theta.values()), -1), *inputs)
-    # directions in units of the values, so that a stiffness moves as much as a lag does
-    dx = tuple(part.abs().add(0.1) * torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in x)
-    dx = tuple(part.to(x[0]) for part in dx)
-    weights = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(x[0])
-
-    def both(values: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
-        named = dict(zip(keys, values.unbind(-1), strict=True))
-        following = model.step(named, *more)
-        return following, model.reward(named, *more, following)
-
-    def scalar(*x: Tensor) -> Tensor:
-        following, reward = both(*x)
-        return (weights * following).sum() + reward.sum()
-
-    argnums = tuple(range(len(x)))
-    value, pushed = jvp(both, x, dx)
-    pulled = vjp(both, *x)[1]((weights, weights[:, 0]))
-    second = jvp(lambda *x: grad(scalar, argnums=argnums)(*x), x, dx)[1]
-    scaled = lambda parts: [part * unit.abs() for part, unit in zip(parts, x, strict=True)]  # per share of the input
-    return {"value": list(value), "jvp": list(pushed), "vjp": scaled(pulled), "hvp": scaled(second)}
-
-
-def agree(kernel: ModelMDP, twin: ModelMDP, tolerance: float, precision: torch.dtype) -> None:
-    """Largest difference of each product below `tolerance` of its largest entry, environment by environment."""
-    point = points(twin, 4, seeded(2))
-    exact = products(twin, point)
-    theta = {key: value.to(precision) for key, value in point[0].items()}
-    found = products(kernel, (theta, *(part.to(precision) for part in point[1:])))
-    for name, parts in exact.items():
-        for ours, theirs in zip(found[name], parts, strict=True):
-            assert ours.dtype == precision
-            if theirs.numel():
-                worst = float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3))
-                assert worst < tolerance, f"{name}: {worst}"
+def agree(kernel: ModelMDP, twin: ModelMDP, precision: torch.dtype) -> None:
+    """Value, VJP, JVP and Hessian product of step, reward and rollout: 1e-10 in float64, 1e-4 in float32."""
+    theta, state, _, _ = points(twin, 4, seeded(2))
+    check_kernel(kernel, twin, theta=theta, state=state, precision=precision, strict=True)
 
 
 @pytest.mark.parametrize("name", DEFAULT)
 def test_derivatives_match_the_torch_twin(name: str) -> None:
-    agree(*pair(name, QUICK), 1e-10, torch.float64)
+    agree(*pair(name, QUICK), torch.float64)
 
 
 @pytest.mark.parametrize("name", ["double_pendulum", "planar_quadrotor"])
 def test_derivatives_match_the_torch_twin_in_single_precision(name: str) -> None:
-    agree(*pair(name, QUICK), 1e-4, torch.float32)
+    agree(*pair(name, QUICK), torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", [row[0] for row in LIBRARY])
 def test_derivatives_of_all_variants_match_the_torch_twin(name: str, precision: torch.dtype) -> None:
-    agree(*pair(name, {}), 1e-10 if precision == torch.float64 else 1e-4, precision)
-
-
-@pytest.mark.parametrize("name", DEFAULT)
-def test_a_rollout_in_one_piece_equals_the_steps_of_the_twin(name: str) -> None:
-    kernel, twin = pair(name, QUICK)
-    theta, state, action, e = points(twin, 3, seeded(5))
-    actions, noise = (part[:, None] * torch.linspace(0.5, 1.0, 6)[:, None].to(part) for part in (action, e))
-    assert kernel.open_loop is not None
-    path = [state]
-    for t in range(6):
-        path.append(twin.step(theta, path[-1], actions[:, t], noise[:, t]))
-    exact = torch.stack(path, 1)
-    torch.testing.assert_close(kernel.open_loop(theta, state, actions, noise), exact, rtol=1e-10, atol=1e-10)
+    agree(*pair(name, {}), precision)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in LIBRARY])
@@ -230,6 +181,38 @@ def test_the_fit_command_takes_kernels_by_name(tmp_path: Path, capsys: pytest.Ca
         assert other["value"] == pytest.approx(row["value"], rel=1e-7)
     assert found["warp_double_pendulum"]["mu"]["value"] == pytest.approx(0.3562, rel=1e-2)  # 1 s of clean log
     assert main(["evaluate", *words[:2], f"params={tmp_path / 'warp_double_pendulum'}", "evaluation.horizon=0.1"]) == 0
+
+
+WORLD = """
+import torch
+from sim2real import default_params, rollout, sample_noise
+from sim2real.simulators import pendulum
+
+def collect(policy, nu, iteration, generator):
+    mdp = pendulum(dt=0.05, integrator="semi_implicit")
+    theta = default_params(mdp.box) | {"damping": torch.tensor(0.3).double()}
+    return rollout(mdp, policy, theta, nu, sample_noise(mdp, policy, 200, 10, generator))
+"""
+
+
+@pytest.mark.slow
+def test_the_tune_command_takes_kernels_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In-sim optimum, its sensitivity and the hypergradient through Warp: the same step as through torch."""
+    (tmp_path / "kernel_world.py").write_text(WORLD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["model.dt=0.05", "model.integrator=semi_implicit", "policy=linear", "policy.std=0.3", "horizon=0.3"]
+    words += ["batch=4", "discount=0.5", "free=[damping]", "data.mode=callable", "tune.max_steps=1", "report=false"]
+    found = []
+    for model in ("pendulum", "warp_pendulum"):
+        place = [f"model={model}", "data.callable=kernel_world.collect", f"out={tmp_path / model}"]
+        assert main(["tune", *words, *place, "--json"]) in (0, 3)  # one step need not converge
+        document = json.loads(capsys.readouterr().out)
+        returns = [record["real_return"] for record in document["history"]]
+        found.append([document["parameters"]["damping"]["value"], *returns])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert len(found[0]) > 1
 
 
 def test_the_command_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def launch(kernel: Any, arrays: Sequence[Tensor], *, copies: int, batch: int, st
 
     threads = max(1, min(torch.get_num_threads(), batch // TILE, copies * batch * steps // THREADED))
     if threads > 1:
-        kernel.module.load(wp.get_device("cpu"))  # compiled before threads could do it twice
+        kernel.module.load(wp.get_device("cpu"), 1)  # as a launch does, before threads could compile it twice
     tiles = -(-batch // TILE)
     cuts = [min(batch, TILE * (tiles * k // threads)) for k in range(threads + 1)]
     helpers = [threading.Thread(target=run, args=cut) for cut in itertools.pairwise(cuts[1:])]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim2real.simulators.warp_graph import Node, apply, as_node, is_truth, less, power, select
+from sim2real.simulators.warp_graph import Node, apply, as_node, is_truth, less, power, select, truth
 
 Real = Node | float | int | bool
 
@@ -57,11 +57,11 @@ def describe(value: object) -> str:
 
 
 def is_condition(value: object) -> bool:
-    return isinstance(value, Node) and is_truth(value)
+    return isinstance(value, bool) or (isinstance(value, Node) and is_truth(value))
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Node) and not is_condition(value))
+    return isinstance(value, int | float | Node) and not is_condition(value)
 
 
 def parts(value: Value) -> tuple[Real, ...]:
@@ -96,22 +96,31 @@ def like(value: Value, items: Sequence[Real]) -> Value:
 def same_form(a: Value, b: Value) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(same_form(x, y) for x, y in zip(a, b, strict=True))
-    if is_number(a) or is_number(b):
-        return is_number(a) and is_number(b)
     if isinstance(a, Matrix) and isinstance(b, Matrix):
         return len(a.rows) == len(b.rows) and len(a.rows[0]) == len(b.rows[0])
-    return type(a) is type(b) and len(parts(a)) == len(parts(b))
+    if isinstance(a, Vector | Quaternion):
+        return type(a) is type(b) and len(a.items) == len(b.items)
+    return (is_number(a) and is_number(b)) or (is_condition(a) and is_condition(b))
 
 
 def choose(condition: Node, a: Value, b: Value) -> Value:
     """`a` where the condition holds, else `b`, component by component."""
     if not same_form(a, b):
         raise Mismatch(f"one branch gives {describe(a)}, the other {describe(b)}")
-    chosen = [
-        x if isinstance(x, int | float) and isinstance(y, int | float) and x == y else select(condition, x, y)
-        for x, y in zip(parts(a), parts(b), strict=True)
-    ]
-    return like(a, chosen)
+    return like(a, [_chosen(condition, x, y) for x, y in zip(parts(a), parts(b), strict=True)])
+
+
+def _chosen(condition: Node, x: Real, y: Real) -> Real:
+    if not isinstance(x, Node) and not isinstance(y, Node) and x == y:
+        return x
+    if is_condition(x):
+        return select(condition, as_truth(x), as_truth(y))
+    return select(condition, x, y)
+
+
+def as_truth(value: Node | bool) -> Node:
+    """A condition as a node."""
+    return value if isinstance(value, Node) else truth(value)
 
 
 def need_numbers(operation: str, *values: Value) -> None:

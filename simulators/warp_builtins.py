@@ -5,6 +5,7 @@ As in Warp, `wp.sign(0)` is 1 and a normalized zero vector is zero. Kinks are di
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sim2real.simulators.warp_algebra import (
     Value,
     Vector,
     add,
+    as_truth,
     choose,
     cross,
     describe,
@@ -61,7 +63,6 @@ from sim2real.simulators.warp_graph import (
     less_equal,
     negation,
     select,
-    truth,
 )
 
 
@@ -104,11 +105,18 @@ def operation(function: Any) -> Callable[..., Any] | None:
         return _CONSTRUCTORS[function.name]
     if isinstance(function, wp.Function) and function.is_builtin():
         return FUNCTIONS.get(function.key)
+    if is_warps(function):
+        return FUNCTIONS.get(function.__name__)
     if isinstance(function, type):
         if hasattr(function, "_wp_generic_type_str_"):
             return lambda *items: _constructed(function, items)
         return _CASTS.get(function)
     return _PYTHON.get(function) if isinstance(function, Hashable) else None
+
+
+def is_warps(function: Any) -> bool:
+    """Whether it is a Python function of the Warp package."""
+    return inspect.isfunction(function) and function.__module__.partition(".")[0] == "warp"
 
 
 def _built(kind: Any, items: Sequence[Any]) -> Value:
@@ -219,10 +227,10 @@ def known(condition: Node) -> Node | bool:
 
 def combine(word: str, values: Sequence[Value]) -> Node | bool:
     """`and`, `or`, `not` of conditions."""
-    nodes = [truth(value) if isinstance(value, bool) else value for value in values]
-    for node in nodes:
-        if not is_condition(node):
-            raise Mismatch(f"'{word}' needs conditions such as x > 0.0, got {describe(node)}")
+    for value in values:
+        if not is_condition(value):
+            raise Mismatch(f"'{word}' needs conditions such as x > 0.0, got {describe(value)}")
+    nodes = [as_truth(value) for value in values]
     if word == "not":
         return known(negation(nodes[0]))
     result = nodes[0]

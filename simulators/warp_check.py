@@ -231,7 +231,7 @@ def _exact(
 ) -> dict[str, list[Tensor]]:
     """Value, jvp, vjp and hvp of a function through torch."""
     gradient = grad(lambda *x: (w * call(*x)).sum(), argnums=tuple(range(len(x))))
-    value, pushed = jvp(call, x, dx)
+    value, pushed = jvp(call, x, dx)[:2]
     return {"value": [value], "jvp": [pushed], "vjp": list(vjp(call, *x)[1](w)), "hvp": list(jvp(gradient, x, dx)[1])}
 
 

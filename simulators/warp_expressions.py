@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -32,6 +32,7 @@ from sim2real.simulators.warp_builtins import (
     captured,
     combine,
     compare,
+    is_warps,
     language_name,
     operation,
 )
@@ -60,6 +61,7 @@ class Scope:
     callers: tuple[Any, ...]
     arguments: tuple[str, ...]
     enter: Callable[..., Value]  # runs another function of the user
+    iterations: Iterator[int]  # of all loops together
 
 
 def fail(scope: Scope, node: ast.AST, found: str, advice: str) -> NoReturn:
@@ -69,7 +71,7 @@ def fail(scope: Scope, node: ast.AST, found: str, advice: str) -> NoReturn:
 
 def condition_of(node: ast.expr, names: dict[str, Any], scope: Scope) -> Node | bool:
     value = evaluate(node, names, scope)
-    if isinstance(value, bool) or (isinstance(value, Node) and is_condition(value)):
+    if is_condition(value):
         return value
     if isinstance(value, int | float):
         return bool(value)
@@ -265,8 +267,8 @@ def _call(node: ast.Call, names: dict[str, Any], scope: Scope) -> Any:
     if rule is not None:
         return _guarded(node, scope, rule, *arguments, **keywords)
     plain = function.func if isinstance(function, wp.Function) and not function.is_builtin() else function
-    if inspect.isfunction(plain):
-        return scope.enter(plain, arguments, keywords, scope.callers)
+    if inspect.isfunction(plain) and not is_warps(plain):
+        return scope.enter(plain, arguments, keywords, scope)
     known = ", ".join(sorted(FUNCTIONS))
     fail(
         scope,

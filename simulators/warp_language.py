@@ -89,7 +89,7 @@ def translate(
         xs[0] if argument.length is None else Vector(xs, argument.fields or ())
         for argument, xs in zip(arguments, inputs, strict=True)
     ]
-    result = run_function(function, values, {}, ())
+    result = run_function(function, values, {})
     name = getattr(function, "__name__", "function")
     if not (is_number(result) or isinstance(result, Vector)):
         raise WarpLanguageError(f"{name} returns {describe(result)}; return a number or wp.vector(...)")

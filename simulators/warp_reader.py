@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,14 +27,14 @@ from sim2real.simulators.warp_expressions import (
 )
 from sim2real.simulators.warp_graph import Node
 
-_UNROLLED = 4096  # iterations of one loop; longer code takes minutes to compile
+_UNROLLED = 4096  # iterations of all loops of a function; longer code takes minutes to compile
 
 
 def run_function(
-    function: Any, arguments: Sequence[Value], keywords: dict[str, Value], callers: tuple[Any, ...]
+    function: Any, arguments: Sequence[Value], keywords: dict[str, Value], caller: Scope | None = None
 ) -> Value:
-    """What a user's function returns for these values."""
-    scope, body, signature = _read(function, callers)
+    """What a user's function returns for these values, called from the scope `caller`."""
+    scope, body, signature = _read(function, caller)
     try:
         bound = signature.bind(*arguments, **keywords)
     except TypeError as error:
@@ -50,7 +51,7 @@ def run_function(
     return returned
 
 
-def _read(function: Any, callers: tuple[Any, ...]) -> tuple[Scope, list[ast.stmt], inspect.Signature]:
+def _read(function: Any, caller: Scope | None) -> tuple[Scope, list[ast.stmt], inspect.Signature]:
     """Scope, statements and signature of a function."""
     plain: Any = getattr(function, "func", None) or function if isinstance(function, wp.Function) else function
     code = getattr(plain, "__code__", None)
@@ -64,6 +65,7 @@ def _read(function: Any, callers: tuple[Any, ...]) -> tuple[Scope, list[ast.stmt
         ) from None
     definition = tree.body[0]
     closure = inspect.getclosurevars(plain)
+    callers = caller.callers if caller else ()
     scope = Scope(
         name=plain.__name__,
         file=code.co_filename,
@@ -72,6 +74,7 @@ def _read(function: Any, callers: tuple[Any, ...]) -> tuple[Scope, list[ast.stmt
         callers=(*callers, plain),
         arguments=(),
         enter=run_function,
+        iterations=caller.iterations if caller else itertools.count(1),
     )
     if not isinstance(definition, ast.FunctionDef):
         fail(scope, definition, "not a plain function", "write `def name(...):`")
@@ -86,8 +89,9 @@ def _read(function: Any, callers: tuple[Any, ...]) -> tuple[Scope, list[ast.stmt
 
 def run_block(statements: Sequence[ast.stmt], names: dict[str, Any], scope: Scope) -> Value | None:
     """Run statements on `names` (updated); the returned value, or None where the end is reached."""
-    for index, statement in enumerate(statements):
-        rest = statements[index + 1 :]
+    pending = list(reversed(statements))
+    while pending:
+        statement = pending.pop()
         if isinstance(statement, ast.Return):
             if statement.value is None:
                 fail(scope, statement, "`return` without a value", "return the next state or the reward")
@@ -95,12 +99,13 @@ def run_block(statements: Sequence[ast.stmt], names: dict[str, Any], scope: Scop
         if isinstance(statement, ast.If):
             condition = condition_of(statement.test, names, scope)
             if isinstance(condition, bool):
-                return run_block([*(statement.body if condition else statement.orelse), *rest], names, scope)
-            if _returns(statement):
-                return _split(statement, condition, rest, names, scope)
-            _branch(statement, condition, names, scope)
+                pending += reversed(statement.body if condition else statement.orelse)
+            elif _returns(statement):
+                return _split(statement, condition, pending[::-1], names, scope)
+            else:
+                _branch(statement, condition, names, scope)
         elif isinstance(statement, ast.For):
-            return run_block([*_unrolled(statement, names, scope), *rest], names, scope)
+            pending += reversed(_unrolled(statement, names, scope))
         elif isinstance(statement, ast.Assign):
             value = evaluate(statement.value, names, scope)
             for target in statement.targets:
@@ -178,10 +183,10 @@ def _unrolled(loop: ast.For, names: dict[str, Any], scope: Scope) -> list[ast.st
             "its bounds must be whole numbers known beforehand: a loop of variable length has wrong derivatives",
         )
     span = range(*bounds)
-    if len(span) > _UNROLLED:
-        fail(scope, loop, f"a loop of {len(span)} iterations", f"loops are unrolled, up to {_UNROLLED} iterations")
     statements: list[ast.stmt] = []
     for value in span:
+        if next(scope.iterations) > _UNROLLED:
+            fail(scope, loop, f"more than {_UNROLLED} iterations of loops", "loops are unrolled: write fewer")
         bind = ast.Assign(targets=[loop.target], value=ast.Constant(value))
         statements += [ast.copy_location(bind, loop), *loop.body]
     return statements

@@ -77,11 +77,12 @@ def _expression(node: Node, names: dict[Node, str], precision: torch.dtype) -> s
 
 def literal(value: float, precision: torch.dtype) -> str:
     """A C++ literal that reads back as the same number."""
-    if math.isnan(value) or math.isinf(value):
-        return {True: "NAN", False: "INFINITY" if value > 0 else "-INFINITY"}[math.isnan(value)]
-    if precision == torch.float32:
-        return f"{float(torch.tensor(value, dtype=torch.float32))!r}f"
-    return repr(value)
+    narrow = precision == torch.float32
+    if narrow:
+        value = float(torch.tensor(value, dtype=torch.float32))
+    if not math.isfinite(value):
+        return "NAN" if math.isnan(value) else "INFINITY" if value > 0.0 else "-INFINITY"
+    return f"{value!r}f" if narrow else repr(value)
 
 
 def prelude(outputs: Iterable[Node], precision: torch.dtype, *, lanes: int) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +262,81 @@ def test_elementary_functions_at_the_ends_equal_the_library() -> None:
         torch.testing.assert_close(y, torch.stack(theirs, -1), rtol=tolerance, atol=0.0, equal_nan=True)
 
 
+def constants(a, b):
+    flag = True
+    if a[0] > 0.5:
+        flag = False
+    sure = flag and not b[0] > 10.0
+    eye = wp.identity(n=2, dtype=float)
+    low = wp.matrix(0.0, shape=(2, 3))
+    low[1, 2] = 4.0
+    point = wp.quat_identity()
+    point[1] = 0.5
+    corner = wp.matrix_from_rows(wp.vec2(1.0, 2.0), wp.vec2(3.0, 4.0))
+    side = wp.matrix_from_cols(wp.vec2(1.0, 2.0), wp.vec2(3.0, 4.0))
+    big = wp.max(wp.vec2(1.0, 5.0), wp.vec2(2.0, 3.0))
+    total = 0
+    for i in range(300):
+        if i % 2 == 0:
+            total += i // 2
+    if total > 0 and WHICH[1] == 2:
+        total -= 1
+    if len(a) != 4:
+        total = 0
+    return wp.vector(
+        wp.degrees(math.pi), wp.radians(180.0), wp.lerp(1.0, 3.0, 0.25), wp.log2(8.0), wp.sqrt(2.0), pow(2.0, 3.0),
+        eye[0, 0] + eye[0][1], low[1][2] + wp.trace(wp.diag(wp.vec2(1.0, 2.0))), point.y + point.w, corner[0, 1],
+        side[0, 1],
+        big[0] + big[1], wp.min(wp.vec3(3.0, 1.0, 2.0)), wp.cw_mul(big, big)[0], wp.cw_div(big, big)[1],
+        total, int(3.9), float(True), float(bool(0.0)), wp.float64(2.0), 7 // 2 + 7 % 4, wp.where(True, 1.0, 2.0),
+        SETTINGS.gain, NUMPY,
+        wp.where(sure, 1.0, 0.0) - wp.where(a[0] > 0.5, 0.0, 1.0), 1.0 if 1 < 2 < 3 else 0.0,
+        wp.vec3(2.0).y, wp.vec3().x, wp.vector(length=3, dtype=float)[1],
+        wp.inverse(wp.matrix(2.0, shape=(1, 1)))[0, 0],
+        (wp.vec2(1.0, 2.0) * corner)[0], abs(wp.vec2(-1.0, 2.0))[0], wp.exp(0.0) ** 2,
+        wp.where(1.0 == 1.0 or a[0] > b[0], 1.0, 2.0),
+        wp.dot(point, point), wp.atan2(0.0, 1.0), PAIRS[0],
+    )  # fmt: skip
+
+
+WHICH = [1, 2]
+PAIRS = np.array([0.5])[0:1].tolist()
+NUMPY = np.float32(0.25)
+SETTINGS = SimpleNamespace(gain=1.5)
+
+
+def test_constants_are_folded() -> None:
+    function = translate(constants, PAIR)
+    expected = [
+        180.0, math.pi, 1.5, 3.0, math.sqrt(2.0), 8.0,
+        1.0, 7.0, 1.5, 2.0,
+        3.0, 7.0, 1.0, 4.0, 1.0,
+        sum(range(150)) - 1, 3.0, 1.0, 0.0, 2.0, 6.0, 1.0,
+        1.5, 0.25, None, 1.0,
+        2.0, 0.0, 0.0, 0.5,
+        7.0, 1.0, 1.0, 1.0,
+        1.25, 0.0, 0.5,
+    ]  # fmt: skip
+    for node, number in zip(function.value, expected, strict=True):
+        if number is not None:  # a[0] is not known: the difference of two choices
+            assert node.operation == "constant"
+            assert node.value == pytest.approx(number, rel=1e-15)
+
+
+def test_huge_and_infinite_constants_are_written() -> None:
+    def numbers(a, b):
+        return wp.vector(a[0] * 1e300, a[0] + math.inf, a[0] - math.inf, a[0] * math.nan)
+
+    def calm(a, b):
+        return a[0] + 0.0
+
+    for precision in (torch.float32, torch.float64):
+        snippet = translate(numbers, PAIR, precision=precision).primal.native_snippet
+        assert {"V(INFINITY)", "V(NAN)"} <= set(re.findall(r"V\(\w+\)", snippet))
+        assert ("1e+300" in snippet) == (precision == torch.float64)
+    assert [node.name for node in translate(calm, PAIR).value] == ["x_a[0]"]
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -423,13 +501,221 @@ def _nested(a, b):
     return inside(a[0])
 
 
+def _nested_loops(a, b):
+    total = 0.0
+    for i in range(100):
+        for j in range(100):
+            total += a[0] * i * j
+    return total
+
+
+def _backwards(a, b):
+    total = 0.0
+    for i in range(3):
+        total += a[i]
+    else:
+        total = 0.0
+    return total
+
+
+def _empty_return(a, b):
+    return
+
+
+def _count_of_names(a, b):
+    x, y = a[0]
+    return x * y
+
+
+def _attribute_target(a, b):
+    a.x = 1.0
+    return a[0]
+
+
+def _matrix_as_component(a, b):
+    v = wp.vec2(a[0], a[1])
+    v[0] = wp.vec2(b[0], b[1])
+    return v[0]
+
+
+def _index_of_number(a, b):
+    return b[0][1]
+
+
+def _slice_of_number(a, b):
+    return b[0][1:]
+
+
+def _variable_store(a, b):
+    v = wp.vec2(a[0], a[1])
+    v[b[0]] = 1.0
+    return v[0]
+
+
+def _membership(a, b):
+    return 1.0 if a[0] in (1.0, 2.0) else 0.0
+
+
+def _inverted(a, b):
+    return ~a[0]
+
+
+def _not_of_number(a, b):
+    return 1.0 if not a[0] else 0.0
+
+
+def _starred(a, b):
+    return wp.max(*PAIRS)
+
+
+def _where_number(a, b):
+    return wp.where(a[0], 1.0, 2.0)
+
+
+def _added_conditions(a, b):
+    return (a[0] > 0.0) + 1.0
+
+
+def _negated_tuple(a, b):
+    return -(a[0], b[0])
+
+
+def _divided_vectors(a, b):
+    return (a / b)[0]
+
+
+def _crossed(a, b):
+    return wp.cross(a, b)[0]
+
+
+def _outer_numbers(a, b):
+    return wp.outer(a[0], b[0])[0, 0]
+
+
+def _transposed_vector(a, b):
+    return wp.transpose(a)[0]
+
+
+def _determinant_of_oblong(a, b):
+    return wp.determinant(wp.matrix(1.0, shape=(2, 3)))
+
+
+def _compared_vectors(a, b):
+    return 1.0 if a > b else 0.0
+
+
+def _length_of_number(a, b):
+    return wp.length(a[0])
+
+
+def _products_of_unequal(a, b):
+    return wp.cw_mul(a, wp.vec2(b[0], b[1]))[0]
+
+
+def _float_of_vector(a, b):
+    return float(a)
+
+
+def _bool_of_number(a, b):
+    return 1.0 if bool(a[0]) else 0.0
+
+
+def _len_of_number(a, b):
+    return len(a[0])
+
+
+def _short_vector(a, b):
+    return wp.vec3(a[0], a[1])[0]
+
+
+def _vector_of_conditions(a, b):
+    return wp.vec2(a[0] > 0.0, b[0])[0]
+
+
+def _free_vector_of_conditions(a, b):
+    return wp.vector(a[0] > 0.0, b[0])
+
+
+def _wrong_length(a, b):
+    return wp.vector(a[0], b[0], length=3)
+
+
+def _shapeless(a, b):
+    return wp.matrix(a[0], b[0])[0, 0]
+
+
+def _matrix_of_rows(a, b):
+    return wp.mat22(wp.vec2(a[0], b[0]), wp.vec2(a[0], b[0]))[0, 0]
+
+
+def _identity_unknown(a, b):
+    return wp.identity(dtype=float)[0, 0]
+
+
+def _typed_call(a, b):
+    return wp.sin(a[0], dtype=float)
+
+
+def _functions_chosen(a, b):
+    rule = wp.sin
+    if a[0] > 0.5:
+        rule = wp.cos
+    return rule(b[0])
+
+
+def _attribute_of_number(a, b):
+    return a[0].real
+
+
+def _no_arguments(a, b):
+    return wp.normalize()
+
+
 WEIGHT = torch.ones(())
 REFUSED = {
     _count_bounds: "`range` of a number; its bounds must be whole numbers known beforehand",
     _while: "a loop of variable length has wrong derivatives",
     _break: "`break`; let the loop run and choose with `if`",
     _over_vector: "a loop over `a`; loop over `range` of constants",
-    _long_loop: "a loop of 100000 iterations",
+    _long_loop: "more than 4096 iterations of loops",
+    _nested_loops: "more than 4096 iterations of loops",
+    _backwards: "this form of `for`",
+    _empty_return: "`return` without a value",
+    _count_of_names: "2 names for a number",
+    _attribute_target: "assignment to `a.x`",
+    _matrix_as_component: "a component set to a vector of length 2",
+    _index_of_number: "an index into a number",
+    _slice_of_number: "`b[0][1:]`; slice vectors, with constant bounds",
+    _variable_store: "a write into a vector of length 2; write single components",
+    _membership: "`a[0] in (1.0, 2.0)`; compare numbers",
+    _inverted: "`~a[0]`; use - or not",
+    _not_of_number: "'not' needs conditions such as x > 0.0, got a number",
+    _starred: "`wp.max(*PAIRS)`; write the arguments one by one",
+    _where_number: "wp.where needs a condition such as x > 0.0, got a number",
+    _added_conditions: "+ of a condition and the constant 1.0",
+    _negated_tuple: "- of a tuple of 2 values",
+    _divided_vectors: "/ of a vector of length 4 and a vector of length 4; component by component is wp.cw_div",
+    _crossed: "wp.cross of a vector of length 4 and a vector of length 4",
+    _outer_numbers: "wp.outer of a number and a number",
+    _transposed_vector: "wp.transpose of a vector of length 4",
+    _determinant_of_oblong: "wp.determinant needs a square matrix up to 4x4, got a 2x3 matrix",
+    _compared_vectors: "the comparison > needs numbers, got a vector of length 4",
+    _length_of_number: "wp.length of a number",
+    _products_of_unequal: "wp.cw_mul of a vector of length 4 and a vector of length 2",
+    _float_of_vector: "float of a vector of length 4",
+    _bool_of_number: "bool of a number: compare it",
+    _len_of_number: "len of a number",
+    _short_vector: "vec3f of 2 numbers, it has 3",
+    _vector_of_conditions: "vec2f of a condition and a number",
+    _free_vector_of_conditions: "wp.vector of a condition and a number",
+    _wrong_length: "wp.vector of 2 numbers, length=3",
+    _shapeless: "wp.matrix without shape=(rows, columns)",
+    _matrix_of_rows: "a matrix of vectors: use wp.matrix_from_rows or wp.matrix_from_cols",
+    _identity_unknown: "wp.identity without a constant n=",
+    _typed_call: "`wp.sin(a[0], dtype=float)`",
+    _functions_chosen: "`rule`: one branch gives",
+    _attribute_of_number: "`a[0].real`; there is no such attribute",
+    _no_arguments: "`wp.normalize()` with no arguments",
     _unknown_function: "the function `wp.erf`; its derivative is not known; known are abs, ",
     _random: "the function `wp.rand_init`",
     _print: "`print(a[0])`; a step only computes values",

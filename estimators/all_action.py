@@ -54,12 +54,13 @@ def all_action_gradient(
             of_choices = []
             for choice in torch.arange(hybrid.choices, device=state.device):
                 action = hybrid.branch(nu, state, choice.expand(len(state)), e)
-                of_choices.append(action_value(state, action))
+                value = action_value(state, action)
+                if value.shape != state.shape[:1]:
+                    raise ValueError(f"action_value gave {tuple(value.shape)}; expected [B] = {tuple(state.shape[:1])}")
+                of_choices.append(value)
             values.append(torch.stack(of_choices, -1))
         discounts = mdp.discount ** torch.arange(len(values), dtype=values[0].dtype, device=values[0].device)
         q = torch.stack(values, 1).detach() * discounts.unsqueeze(-1) * alive(decisions.drawn).unsqueeze(-1)
-        if q.shape != decisions.log_probs.shape:
-            raise ValueError(f"action_value gave {tuple(values[0].shape[:-1])}; expected [B] = {(len(q),)}")
         pi = decisions.log_probs.exp()
         weights = pi * (q - (pi * q).sum(-1, keepdim=True))
         if not corrected:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -40,6 +40,8 @@ from sim2real.simulators.warp_programs import reward_program, roll_program
 from sim2real.simulators.warp_sensitivity import Path, roll_sensitivity
 from sim2real.simulators.warp_tiles import Tiles, tiles
 
+MODELS = 128
+"""of how many models the translated functions are kept; compiled kernels are kept on disk"""
 Kernel = Callable[..., Any]
 """a function in Warp's kernel language, or a `wp.func`"""
 
@@ -143,22 +145,23 @@ def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
 
     def step(theta: Params, state: Tensor, action: Tensor, noise: Tensor) -> Tensor:
         lead = _lead(source, theta, state, action, noise)
-        inputs = (_flat(state, lead), _flat(action, lead).unsqueeze(1), _flat(noise, lead).unsqueeze(1))
-        (following,) = evaluate(_step_program(source, state.dtype), pack(source, theta, lead, state), *inputs)
+        start, *drive = (_flat(x, lead, state) for x in (state, action, noise))
+        inputs = (pack(source, theta, lead, state), start, *(x.unsqueeze(1) for x in drive))
+        (following,) = evaluate(_step_program(source, state.dtype), *inputs)
         return following.reshape(*lead, source.state)
 
     def reward(theta: Params, state: Tensor, action: Tensor, noise: Tensor, following: Tensor) -> Tensor:
         lead = _lead(source, theta, state, action, noise, following)
-        rows = (pack(source, theta, lead, state), *(_flat(x, lead) for x in (state, action, noise, following)))
+        rows = (pack(source, theta, lead, state), *(_flat(x, lead, state) for x in (state, action, noise, following)))
         (value,) = evaluate(_reward_program(source, state.dtype), *(x.unsqueeze(1) for x in rows))
-        return value.view(lead)
+        return value.reshape(lead)
 
     def open_loop(theta: Params, start: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
         drive = (actions.transpose(0, 1), noise.transpose(0, 1))
         lead = _lead(source, theta, start, *drive)[-1:]
-        over_time = (x.expand(-1, *lead, -1).unsqueeze(0) for x in drive)
+        over_time = (_given(x, start).expand(-1, *lead, -1).unsqueeze(0) for x in drive)
         program = _rollout_program(source, start.dtype)
-        (states,) = evaluate(program, pack(source, theta, lead, start), _flat(start, lead), *over_time)
+        (states,) = evaluate(program, pack(source, theta, lead, start), _flat(start, lead, start), *over_time)
         return states.squeeze(0).transpose(0, 1)
 
     def sensitivity(
@@ -197,7 +200,7 @@ def _arguments(source: KernelSource) -> tuple[Argument, ...]:
     )
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def translated_step(source: KernelSource, precision: torch.dtype) -> Translated:
     """The step's Warp functions; raises `ValueError` when it does not return a state."""
     step = translate(source.step, _arguments(source), precision=precision)
@@ -207,7 +210,7 @@ def translated_step(source: KernelSource, precision: torch.dtype) -> Translated:
     return step
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def translated_reward(source: KernelSource, precision: torch.dtype) -> Translated:
     """The reward's Warp functions; raises `ValueError` when it does not return a number."""
     if source.reward is None:
@@ -218,22 +221,22 @@ def translated_reward(source: KernelSource, precision: torch.dtype) -> Translate
     return reward
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def _step_program(source: KernelSource, precision: torch.dtype) -> Program:
     return roll_program(_step_tiles(source, precision), whole=False)
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def _rollout_program(source: KernelSource, precision: torch.dtype) -> Program:
     return roll_program(_step_tiles(source, precision), whole=True)
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def _step_tiles(source: KernelSource, precision: torch.dtype) -> Tiles:
     return tiles(translated_step(source, precision), ("summed", "carried", "each", "each"))
 
 
-@cache
+@lru_cache(maxsize=MODELS)
 def _reward_program(source: KernelSource, precision: torch.dtype) -> Program:
     return reward_program(tiles(translated_reward(source, precision), ("each",) * 5))
 
@@ -245,8 +248,11 @@ def _lead(source: KernelSource, theta: Params, *tensors: Tensor) -> torch.Size:
     for name, length, x in zip(names, (source.state, source.action, source.noise, source.state), tensors, strict=False):
         if x.shape[-1] != length:
             raise ValueError(f"{name} has {x.shape[-1]} columns, the model has {length}")
-        if x.dtype != state.dtype and length:
-            raise TypeError(f"{name} is {x.dtype}, the state {state.dtype}; give all of them in one precision")
+        if length and (x.dtype != state.dtype or x.device != state.device):
+            raise TypeError(
+                f"{name} is {x.dtype} on {x.device}, the state {state.dtype} on {state.device}; "
+                "give all of them in one precision, on one device"
+            )
     if state.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a Warp model computes in float32 or float64, got states in {state.dtype}")
     missing = [key for key in source.parameters if key not in theta]
@@ -257,9 +263,14 @@ def _lead(source: KernelSource, theta: Params, *tensors: Tensor) -> torch.Size:
     return torch.broadcast_shapes(*batched) if len(batched) != 1 else batched[0]  # the former costs 40 us
 
 
-def _flat(x: Tensor, lead: torch.Size) -> Tensor:
+def _given(x: Tensor, like: Tensor) -> Tensor:
+    """x, in the precision and on the device of `like` if it has no columns (noise of a model without)."""
+    return x if x.shape[-1] else like.new_empty(x.shape)
+
+
+def _flat(x: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
     """`[1, B, columns]` with the batch axes `lead` folded into one."""
-    length = x.shape[-1]
+    x, length = _given(x, like), x.shape[-1]
     if x.shape[:-1] != lead:
         x = x.expand(*lead, length)
     return x.reshape(1, prod(lead), length)

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sim2real import ModelMDP, Params, default_params
+from sim2real import Box, ModelMDP, Params, default_params
 from sim2real.simulators import (
     building_rc,
     cartpole,
@@ -22,10 +24,12 @@ from sim2real.simulators import (
     planar_quadrotor,
     quadrotor,
 )
+from sim2real.simulators.inventory_network import Routes, inventory_network
 from sim2real.simulators.warp_bicycle import warp_dynamic_bicycle, warp_kinematic_bicycle
 from sim2real.simulators.warp_building_rc import warp_building_rc
 from sim2real.simulators.warp_cartpole import warp_cartpole
 from sim2real.simulators.warp_double_pendulum import warp_double_pendulum
+from sim2real.simulators.warp_inventory import warp_inventory_network
 from sim2real.simulators.warp_pendulum import warp_pendulum
 from sim2real.simulators.warp_quadrotor import warp_planar_quadrotor, warp_quadrotor
 
@@ -34,6 +38,51 @@ Factory = Callable[..., ModelMDP]
 
 def _variant(name: str, kernel: Factory, twin: Factory, **options: object) -> tuple[str, Factory, Factory]:
     return name, partial(kernel, **options), partial(twin, **options)
+
+
+def by_entry(mdp: ModelMDP) -> ModelMDP:
+    """The model with a scalar parameter, such as `holding1`, for each entry of its vectors."""
+    default = {
+        f"{key}{i}": float(x) for key, value in mdp.box.default.items() for i, x in enumerate(torch.as_tensor(value))
+    }
+    whole = lambda theta: {
+        key: torch.stack([theta[f"{key}{i}"] for i in range(len(torch.as_tensor(value)))], -1)
+        for key, value in mdp.box.default.items()
+    }
+    roll = mdp.open_loop
+    return replace(
+        mdp,
+        step=lambda theta, *x: mdp.step(whole(theta), *x),
+        reward=lambda theta, *x: mdp.reward(whole(theta), *x),
+        open_loop=None if roll is None else lambda theta, *x: roll(whole(theta), *x),
+        box=Box(low=dict.fromkeys(default, 0.0), high=dict.fromkeys(default, 100.0), default=default),
+    )
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "inventory_network": {
+        "routes": Routes(((1, 2, 0), (3, 0, 1)), (2, 1)),
+        "start": [2.0, 3.0, 4.0],
+        "holding": [1.0, 1.5, 0.7],
+        "underage": [9.0, 7.0, 8.0],
+        "warehouse_holding": [0.5, 0.3],
+        "purchase": [0.4, 0.6],
+    },
+    "inventory_network hub": {
+        "routes": Routes(((2, 2, 2),), (3,)),
+        "hub": True,
+        "lost": False,
+        "start": [2.0, 3.0, 4.0],
+        "holding": [1.0, 1.5, 0.7],
+        "underage": [9.0, 7.0, 8.0],
+        "warehouse_holding": [0.5],
+    },
+}
+
+
+def _network(name: str) -> tuple[str, Factory, Factory]:
+    build = lambda factory: lambda: by_entry(factory(**NETWORKS[name]))
+    return name, build(warp_inventory_network), build(inventory_network)
 
 
 LIBRARY: tuple[tuple[str, Factory, Factory], ...] = (
@@ -52,8 +101,10 @@ LIBRARY: tuple[tuple[str, Factory, Factory], ...] = (
     _variant("building_rc 1", warp_building_rc, building_rc, order=1),
     _variant("building_rc 2", warp_building_rc, building_rc, order=2),
     _variant("building_rc rk4", warp_building_rc, building_rc, integrator="rk4", substeps=8),
+    _network("inventory_network"),
+    _network("inventory_network hub"),
 )
-"""(name, Warp factory, torch factory); a factory takes the options of the system and returns a `ModelMDP`"""
+"""(name, Warp factory, torch factory); factories return models and, but for networks, take the options of the system"""
 
 SYSTEMS = tuple(row for row in LIBRARY if " " not in row[0])
 """one variant of each system"""
@@ -78,5 +129,9 @@ def points(twin: ModelMDP, batch: int, generator: torch.Generator) -> tuple[Para
     still = twin.initial_state(theta, torch.zeros(batch, twin.noise_dims[0], dtype=torch.float64))
     scale = torch.where(still.abs() > 0.1, 0.1 * still.abs(), 0.5)
     state = still + scale * normal(still.shape[1])
-    hover = still[:, -len(twin.names["action"]) :] if "motor_lag" in theta else 0.0
-    return theta, state, hover + (0.1 * hover + 0.5) * normal(len(twin.names["action"])), normal(twin.noise_dims[1])
+    centre = torch.zeros(batch, len(twin.names["action"]), dtype=torch.float64)
+    if "motor_lag" in theta:
+        centre = still[:, -centre.shape[1] :]
+    if twin.exogenous_dim and "purchase0" in theta:
+        centre = centre + 2.0  # a share of next to nothing has second derivatives of any size
+    return theta, state, centre + (0.1 * centre + 0.5) * normal(centre.shape[1]), normal(twin.noise_dims[1])

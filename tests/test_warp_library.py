@@ -36,16 +36,17 @@ DEFAULT = [name for name, _, _ in SYSTEMS if name != "cartpole"]  # the cart-pol
 
 
 def pair(name: str, options: dict[str, object]) -> tuple[ModelMDP, ModelMDP]:
-    """A Warp model and its torch twin; the house keeps its exact step."""
+    """A Warp model and its torch twin; the house keeps its exact step, and a network has none other."""
     kernel, twin = next(row[1:] for row in LIBRARY if row[0] == name)
-    options = {} if name.startswith("building_rc") else options
+    options = {} if name.startswith(("building_rc", "inventory")) else options
     return kernel(**options), twin(**options)
 
 
 def agree(kernel: ModelMDP, twin: ModelMDP, precision: torch.dtype) -> None:
     """Value, VJP, JVP and Hessian product of step, reward and rollout: 1e-10 in float64, 1e-4 in float32."""
     theta, state, _, _ = points(twin, 4, seeded(2))
-    check_kernel(kernel, twin, theta=theta, state=state, precision=precision, strict=True)
+    # not a seed at which a network shares out next to nothing, whose second derivatives cancel
+    check_kernel(kernel, twin, theta=theta, state=state, precision=precision, strict=True, seed=7)
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -156,7 +156,9 @@ def hybrid_module_policy(
     gradients can be clipped apart. For a shared trunk write the two heads as functions of one nu.
     """
     modules = {"discrete": discrete, "continuous": continuous}
-    nu = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters()}
+    nu: Params = {
+        f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters()
+    }
 
     def head(name: str) -> Head:
         prefix = f"{name}."

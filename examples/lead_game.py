@@ -137,11 +137,10 @@ def main(settings: Settings, seed: int, device: str) -> Figure:
         right.plot(way, label=f"from {p}")
     learned = empirical_transition(counts).reshape(3, 2, 3, 3)
     signs = [float(leader_gradient(game, at_probability(p, device), learned).grad["logits"][A, 1]) for p in grid]
-    for p, sign in zip(grid, signs, strict=True):
-        left.annotate("", (p + 0.02 * (1 if sign > 0 else -1), -2.0), (p, -2.0), arrowprops={"arrowstyle": "->"})
-    left.set(
-        xlabel="p = f(1 | A)", ylabel="leader's return", title="Phase line: arrows point along the learned gradient"
-    )
+    arrows = torch.tensor(signs).sign().tolist()
+    left.quiver(grid, [-3.0] * len(grid), arrows, [0.0] * len(grid), scale=40, width=0.004)
+    left.set(xlabel="p = f(1 | A)", ylabel="leader's return", ylim=(-5, None))
+    left.set_title("Phase line: arrows point along the learned gradient")
     right.set(xlabel="iteration", ylabel="p", title="Ways of the learned ascent")
     left.legend()
     right.legend()

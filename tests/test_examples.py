@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
     "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
+    "design_building.py": (("--quick", "--plot", "figure.png"), "last design", ()),
+    "design_four_rooms.py": (("--quick", "--plot", "figure.png"), "exact leader value", ()),
     "hdpo_inventory.py": (("--quick", "--plot", "figure.png"), "sharing weights saves", ()),
+    "lead_game.py": (("--quick", "--plot", "figure.png"), "exact return", ()),
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),
     "tune_cstr.py": (("--quick", "--plot", "figure.png"), "paired gain over 20 episodes", ()),

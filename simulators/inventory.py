@@ -85,8 +85,8 @@ def serial_line(
 
     State: the N pipelines one after the other; action: what each stock orders from the next one (`[N]`, cut at what
     that has on hand; the top one gets all it orders); theta: holding `[N]`, underage (cost per unit). The store's
-    pipeline starts uniform on [0, start], the others empty. Raises `ValueError` for lead times below 1, as many holding
-    costs as there are lead times missing, or negative costs.
+    pipeline starts uniform on [0, start], the others empty. Raises `ValueError` for lead times below 1, more or fewer
+    holding costs than lead times, and negative costs.
     """
     check_lead_times(lead_times)
     nodes, widths = len(lead_times), list(lead_times)

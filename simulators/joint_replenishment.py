@@ -79,7 +79,7 @@ def joint_replenishment(
         total = quantity.sum(-1)
         # nothing to scale where nothing is asked for: then a minimum order is shared equally
         share = torch.where(total[..., None] > 0, quantity / total[..., None].clamp_min(1e-12), 1.0 / n)
-        bounded = torch.clamp(total, action.new_tensor(low)[index], action.new_tensor(high)[index])
+        bounded = torch.clamp(total, _of_terms(low, index, action), _of_terms(high, index, action))
         exact = (bounded == total)[..., None]
         return index, torch.where(exact, quantity, share * bounded[..., None])
 
@@ -94,7 +94,7 @@ def joint_replenishment(
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
         index, quantity = ordered(action)
         stock = store_cost(theta, arriving(state, action) - e).sum(-1)
-        price = action.new_tensor(factor)[index] * (theta["purchase"] * quantity).sum(-1)
+        price = _of_terms(factor, index, action) * (theta["purchase"] * quantity).sum(-1)
         return -stock - price - theta["fixed"] * (index > 0)
 
     items = range(n)
@@ -115,3 +115,8 @@ def joint_replenishment(
         units=dict.fromkeys(sum(names.values(), ()), "1"),
         box=box,
     )
+
+
+def _of_terms(values: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
+    """`values[index]`, also for the single index that vmap shows."""
+    return like.new_tensor(values).gather(0, index.reshape(-1)).reshape(index.shape)

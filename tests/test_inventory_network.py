@@ -22,10 +22,12 @@ from sim2real.inventory_policies import (
 from sim2real.simulators import Routes, inventory_network
 from sim2real.simulators.inventory_tasks import (
     InventoryTask,
+    joint_replenishment_task,
     many_warehouses_task,
     mean_cost,
     one_store_task,
     one_warehouse_task,
+    serial_task,
     store_traits,
     task_noise,
     transshipment_task,
@@ -258,3 +260,33 @@ def test_the_peer_of_the_race_computes_the_same_cost_and_gradient():
 def test_only_networks_have_store_traits():
     with pytest.raises(ValueError, match="only a network"):
         store_traits(one_store_task(1, 4.0))
+
+
+@pytest.mark.parametrize("name", ["store", "line", "network", "hub", "replenishment"])
+def test_vmap_over_costs_and_paths_equals_the_batch(name):
+    task = {
+        "store": one_store_task(3, 4.0),
+        "line": serial_task(2, 4.0),
+        "network": TASKS["many-warehouses"],
+        "hub": TASKS["transshipment"],
+        "replenishment": joint_replenishment_task(2),
+    }[name]
+    noise, width = task_noise(task, 5, 6, seed=57), len(task.mdp.names["action"])
+    actions = 1 + 6 * torch.rand(5, 6, width, generator=torch.Generator().manual_seed(2)).double()
+    actions[..., 0] = 1.0 if name == "replenishment" else actions[..., 0]
+    each = {key: torch.stack([(1 + 0.1 * k) * value for k in range(5)]) for key, value in task.theta.items()}
+
+    def cost(theta: Params, initial: torch.Tensor, process: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        state, total = task.mdp.initial_state(theta, initial), 0.0
+        for action, e in zip(chosen.unbind(-2), process.unbind(-2), strict=True):
+            after = task.mdp.step(theta, state, action, e)
+            total, state = total + task.mdp.reward(theta, state, action, e, after), after
+        return total
+
+    together = cost(each, noise.initial, noise.process, actions)
+    single = torch.func.vmap(cost)(each, noise.initial, noise.process, actions)
+    torch.testing.assert_close(single, together)
+    slopes = torch.func.vmap(torch.func.grad(cost))(each, noise.initial, noise.process, actions)
+    # costs are linear in the prices, so the slopes give them back
+    returned = sum((slopes[key] * each[key]).reshape(5, -1).sum(-1) for key in each)
+    torch.testing.assert_close(returned, together)

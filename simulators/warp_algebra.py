@@ -118,9 +118,9 @@ def _chosen(condition: Node, x: Real, y: Real) -> Real:
     return select(condition, x, y)
 
 
-def as_truth(value: Node | bool) -> Node:
+def as_truth(value: Real) -> Node:
     """A condition as a node."""
-    return value if isinstance(value, Node) else truth(value)
+    return value if isinstance(value, Node) else truth(bool(value))
 
 
 def need_numbers(operation: str, *values: Value) -> None:

@@ -216,10 +216,10 @@ def _outcome(source: KernelSource, x: list[tuple[Node, ...]], alive: Node) -> li
     """The next state and, after it, the reward."""
     theta, state, action, noise = (Vector(row) for row in x)
     arguments = (Vector(theta.items, source.parameters), state, action, noise)
-    following = parts(run_function(source.step, arguments, {}, ()))
+    following = parts(run_function(source.step, arguments, {}))
     reward = constant(0.0)
     if source.reward is not None:
-        reward = as_node(parts(run_function(source.reward, (*arguments, Vector(tuple(following))), {}, ()))[0])
+        reward = as_node(parts(run_function(source.reward, (*arguments, Vector(tuple(following))), {}))[0])
     lives = less(0.0, alive)
     held = [select(lives, as_node(new), old) for new, old in zip(following, x[1], strict=True)]
     return [*held, select(lives, reward, 0.0)]

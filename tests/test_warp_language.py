@@ -9,7 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +22,11 @@ import warp_phrases  # noqa: E402
 
 from sim2real.simulators.warp_kernels import launch, over_time  # noqa: E402
 from sim2real.simulators.warp_language import Argument, Translated, WarpLanguageError, translate  # noqa: E402
+from sim2real.simulators.warp_native import warp_function  # noqa: E402
 from sim2real.simulators.warp_tiles import Tiles, tiles  # noqa: E402
 
 wp.config.quiet = True
+wp.init()
 PAIR = (Argument("a", 4), Argument("b", 4))
 POINTS = 37  # not a multiple of the vector width: the last rows are a partial vector
 
@@ -123,6 +125,29 @@ def test_phrases_compile_for_cuda(precision: torch.dtype, tmp_path: Path) -> Non
         module = over_time(tile, backward=False).module
         wp.compile_aot_module(module, arch=80, module_dir=tmp_path, use_ptx=True)
         assert list(tmp_path.glob(f"*{tile.key}*.ptx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["trigonometry", "exponentials", "kinks", "steps", "branches", "matrices", "rotations"]
+)
+def test_warp_itself_reads_the_same_language(name: str) -> None:
+    a, b = points(torch.float32)[:2]
+    expected = reference()[name][0]
+    width, vector = expected.shape[1], wp.types.vector(4, wp.float32)
+    names = ", ".join(f"y{k}" for k in range(width))
+    body = f"i = wp.tid()\n    {names} = function(a[i], b[i])" + "".join(
+        f"\n    y[i, {k}] = y{k}" for k in range(width)
+    )
+    phrase = getattr(warp_phrases, name)
+    typed = FunctionType(phrase.__code__, phrase.__globals__, name)  # a copy: Warp wants types at the arguments
+    typed.__annotations__ = {"a": vector, "b": vector}
+    types = {"a": wp.array(dtype=vector), "b": wp.array(dtype=vector), "y": wp.array(dtype=wp.float32, ndim=2)}
+    kernel = warp_function("@wp.kernel(module='unique')", f"plain_{name}", types, body, {"function": wp.func(typed)})
+    y = torch.empty(POINTS, width)
+    arrays = [wp.from_torch(x, dtype=vector) for x in (a, b)] + [wp.from_torch(y)]
+    wp.launch(kernel, dim=POINTS, inputs=arrays, device="cpu")
+    torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-6)  # float32
 
 
 # ----------------------------------------------------------------------------------------------- functions for kernels

@@ -9,8 +9,8 @@ be learned of it. Kernel by counts that are kept, hypergradient by linear solves
 `b-lqr-game`: undiscounted return over 100 steps after ascent on the discounted one, gains started from N(0, 1), Adam.
 
     exact              exact gradient, 500 iterations: seeds of 20 that reach 18.3;      exact-median
-    learned-median, learned-best   from 4 sampled episodes per iteration, at most 2000 in all: the leader knows its own
-                       reward function, the follower's policy and soft value; linear dynamics fitted by least squares,
+    learned-median, learned-best   from 2 sampled episodes per iteration, 500 in all: the leader knows its own reward
+                       function, the follower's policy and soft value; linear dynamics fitted by least squares,
                        Q_L under that model in closed form, G by the critic with pathwise sources
 """
 
@@ -290,12 +290,12 @@ def b_lqr_game(quick: bool) -> Iterator[Figure]:
     ends = [undiscounted(ascend(lqr_start(seed), exact, 500)) for seed in range(seeds)]
     yield Figure("exact", sum(end >= 18.3 for end in ends), "seeds at 18.3", seeds, 18.36)
     yield Figure("exact-median", statistics.median(ends), "return", seeds, 18.36)
-    steps = 250
-    learned = [learn_lqr(seed, steps, 4) for seed in range(seeds)]
+    steps, episodes = 250, 2
+    learned = [learn_lqr(seed, steps, episodes) for seed in range(seeds)]
     yield Figure("learned-median", statistics.median(learned), "return", seeds, 0.15)
     yield Figure("learned-best", max(learned), "return", seeds, 0.15)
     yield Figure("learned-above-9", sum(end >= 9 for end in learned), "seeds", seeds)
-    yield Figure("learned-episodes", 4 * steps, "episodes", seeds)
+    yield Figure("learned-episodes", episodes * steps, "episodes", seeds)
 
 
 if __name__ == "__main__":

@@ -22,17 +22,19 @@ WIDTH = np.diag([0.04, 1e-4])
 
 
 def riccati(closed: Array) -> Array:
-    """P of the follower, to machine precision; the iteration carries a complex step along."""
-    P = Q.astype(complex)
-    for _ in range(20000):
-        S = R + GAMMA_F * BF.T @ P @ BF
-        following = Q + GAMMA_F * closed.T @ P @ closed
-        following = following - GAMMA_F**2 * closed.T @ P @ BF @ np.linalg.solve(S, BF.T @ P @ closed)
-        real, small = np.abs((following - P).real).max(), np.abs((following - P).imag).max()
-        P = following
-        if real <= 1e-14 * np.abs(P.real).max() and small <= 1e-13 * np.abs(P.imag).max() + 1e-60:
+    """P of the follower by the doubling algorithm, to machine precision; it carries a complex step along.
+
+    Each pass doubles the horizon: A <- A M A, G <- G + A M G A', P <- P + A' P M A with M = (I + G P)^-1.
+    """
+    A_k, G, P = GAMMA_F**0.5 * closed, GAMMA_F * BF @ np.linalg.inv(R) @ BF.T, Q.astype(complex)
+    for _ in range(60):
+        M = np.linalg.inv(np.eye(2) + G @ P)
+        change = A_k.T @ P @ M @ A_k
+        A_k, G, P = A_k @ M @ A_k, G + A_k @ M @ G @ A_k.T, P + change
+        real, small = np.abs(change.real).max(), np.abs(change.imag).max()
+        if real <= 1e-15 * np.abs(P.real).max() and small <= 1e-15 * np.abs(P.imag).max() + 1e-60:
             return P
-    raise RuntimeError("the Riccati iteration of the game did not converge in 20000 steps")
+    raise RuntimeError("the doubling algorithm of the game did not converge in 60 passes")
 
 
 def leader_return(gain: Array, *, discount: float = GAMMA_L) -> complex:
@@ -44,13 +46,14 @@ def leader_return(gain: Array, *, discount: float = GAMMA_L) -> complex:
     F = closed - BF @ response @ closed
     push = BL - BF @ response @ BL
     N = VARIANCE * push @ push.T + BF @ (TEMPERATURE / 2 * np.linalg.inv(S)) @ BF.T
-    mean, spread, total = START.astype(complex), np.zeros((2, 2), dtype=complex), 0j
-    for t in range(HORIZON):
-        both, gap = WIDTH + spread, mean - TARGET
-        height = np.sqrt(np.linalg.det(WIDTH) / np.linalg.det(both))
-        total += discount**t * height * np.exp(-0.5 * gap @ np.linalg.solve(both, gap))
-        mean, spread = F @ mean, F @ spread @ F.T + N
-    return complex(total)
+    means, spreads = [START.astype(complex)], [np.zeros((2, 2), dtype=complex)]
+    for _ in range(HORIZON - 1):
+        means.append(F @ means[-1])
+        spreads.append(F @ spreads[-1] @ F.T + N)
+    both, gap = WIDTH + np.stack(spreads), np.stack(means) - TARGET
+    height = np.sqrt(np.linalg.det(WIDTH) / np.linalg.det(both))
+    exponent = -0.5 * np.einsum("ti,tij,tj->t", gap, np.linalg.inv(both), gap)
+    return complex(discount ** np.arange(HORIZON) @ (height * np.exp(exponent)))
 
 
 def exact(gain: Array) -> tuple[float, Array]:

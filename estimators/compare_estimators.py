@@ -66,7 +66,7 @@ class EstimatorRow:
     seconds: float
     """per rollout, median"""
     error: float
-    """relative root mean square error at the cost of one batch of "mixed\""""
+    """relative root mean square error, at the cost of a batch of mixed"""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sim2real.controllers import (
     with_clock,
     with_integral,
 )
+from sim2real.cut_axis import Cells, axis_cells, box_cells, cut_policy
 from sim2real.domain_randomization import (
     clipped_share,
     posterior_covariance,
@@ -23,6 +24,13 @@ from sim2real.domain_randomization import (
 )
 from sim2real.evaluation import Evaluation, EvaluationSettings, RunScore, evaluate
 from sim2real.fit import Comparison, FitResult, FitSettings, ParameterRow
+from sim2real.hybrid_policy import (
+    HybridPolicy,
+    continuous_first_policy,
+    discrete_first_policy,
+    greedy_policy,
+    hybrid_module_policy,
+)
 from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
@@ -64,6 +72,7 @@ __all__ = [
     "Box",
     "Calibration",
     "CalibrationSettings",
+    "Cells",
     "ClosedLoop",
     "Comparison",
     "Constraint",
@@ -74,6 +83,7 @@ __all__ = [
     "FitResult",
     "FitSettings",
     "Freedom",
+    "HybridPolicy",
     "Identifiability",
     "Jackknife",
     "Layers",
@@ -104,18 +114,23 @@ __all__ = [
     "append_clock",
     "append_integral",
     "assign_grads",
+    "axis_cells",
     "axpy",
     "boltzmann_policy",
+    "box_cells",
     "calibrate",
     "clipped_share",
     "concatenate_logs",
     "constraint_gradient",
     "contains",
+    "continuous_first_policy",
     "copy_into",
+    "cut_policy",
     "default_params",
     "delayed_actions",
     "deterministic_policy",
     "discounted_return",
+    "discrete_first_policy",
     "dot",
     "evaluate",
     "expected_return",
@@ -124,6 +139,8 @@ __all__ = [
     "from_unbounded",
     "gain_schedule_policy",
     "gaussian_policy",
+    "greedy_policy",
+    "hybrid_module_policy",
     "identifiability",
     "jackknife",
     "lagrangian_step",

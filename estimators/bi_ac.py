@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sim2real.estimators.boltzmann_tables import pull
+from sim2real.estimators.boltzmann_tables import leaves_of, pull
 from sim2real.estimators.leader_critic import bellman_operator, solve
 from sim2real.estimators.transitions import Transitions, transitions
 from sim2real.leader_task import LeaderTask
@@ -58,7 +58,7 @@ def bi_ac_gradient(
     for _ in range(sweeps):
         target = batch.rewards + task.discount * alive * (ahead @ weights).amax(0)
         weights = solve(regression, target)[0]
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
+    leaves = leaves_of(theta)
     outer = task.discount ** batch.step.to(batch.rewards.dtype) / len(batch.initial_states)
     value = torch.zeros_like(batch.rewards)
     for choice in leader_actions:
@@ -67,7 +67,7 @@ def bi_ac_gradient(
         value = value + share * (features(torch.cat([batch.states, each], -1), a) @ weights)
     with torch.enable_grad():
         log_prob = leader.log_prob(leaves, batch.states, b)
-        grad = pull((outer * (phi @ weights - value).detach() * log_prob).sum(), leaves)
+        grad = pull((outer * (phi @ weights - value).detach() * log_prob).sum(), leaves, theta)
     return Estimate((outer * batch.rewards).sum(), grad, {"outer_weights": outer})
 
 

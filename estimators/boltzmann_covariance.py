@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sim2real.estimators.boltzmann_tables import pull
+from sim2real.estimators.boltzmann_tables import leaves_of, pull
 from sim2real.estimators.leader_critic import Operator, bellman_operator, leader_nodes, read, solve, worth
 from sim2real.estimators.leader_view import (
     CriticOptions,
@@ -89,9 +89,10 @@ def boltzmann_covariance_gradient(
     options = critics if critics is not None else CriticOptions()
     if options.kind == "state" and source == "score":
         raise ValueError('kind="state" needs the derivative of s\' at actions not taken: use source="pathwise"')
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
-    fixed = {key: value.detach() for key, value in nu.items()}
-    seen = look(task, policy, leaves, fixed, transitions(data), soft_value, options, actions, following)
+    leaves = leaves_of(theta)
+    seen = look(
+        task, policy, leaves, nu, transitions(data), soft_value, critics=options, actions=actions, following=following
+    )
     with torch.enable_grad():
         begin = None if start is None else mean_features(options.value_features, *start(leaves))
     outer = outer_weights(seen, weights, begin)
@@ -107,7 +108,7 @@ def boltzmann_covariance_gradient(
             surrogate = surrogate + begin @ seen.value_weights.mean(0)
         if first is not None:
             surrogate = surrogate + first_term(seen, first(leaves))
-        grad = pull(surrogate, leaves)
+        grad = pull(surrogate, leaves, theta)
     info = {"outer_weights": outer, "source_worth": guide.worth}
     return Estimate((outer * seen.data.rewards).sum(), grad, info)
 

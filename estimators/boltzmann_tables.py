@@ -53,14 +53,14 @@ def boltzmann_tables_gradient(
     """
     check_temperature(temperature)
     check_discounts(leader_discount, follower_discount)
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
+    leaves, policy, soft_value = leaves_of(theta), policy.double(), soft_value.double()
     with torch.enable_grad():
         at = tables(leaves)
     kernel = at.transition if transition is None else transition
     if kernel is None:
         raise ValueError("the tables hold no transition; pass one, exact or estimated, as transition=")
     _check(at, kernel, policy, soft_value)
-    kernel, reward, start = kernel.detach(), at.leader_reward.detach(), at.start.detach()
+    kernel, reward, start = (x.detach().double() for x in (kernel, at.leader_reward, at.start))
     closed = state_transition(policy, kernel)
     resolvent = inverse(closed, leader_discount)
     value = resolvent @ (policy * reward).sum(-1)
@@ -77,7 +77,7 @@ def boltzmann_tables_gradient(
         if at.transition is not None:
             ahead = leader_discount * taken.unsqueeze(-1) * value + follower_discount * worth.unsqueeze(-1) * soft_value
             surrogate = surrogate + moved_kernel(ahead, at.transition, transition)
-        grad = pull(surrogate, leaves)
+        grad = pull(surrogate, leaves, theta)
     info = {"leader_value": value, "benefit": benefit, "visits": visits, "worth": worth}
     return Estimate(start @ value, grad, info)
 
@@ -95,8 +95,16 @@ def moved_kernel(cotangent: Tensor, exact: Tensor, estimated: Tensor | None) -> 
     return (cotangent * estimated * torch.where(seen, exact, 1.0).log()).sum()
 
 
-def pull(surrogate: Tensor, leaves: Params) -> Params:
-    """Gradient of a scalar at `leaves`; zero for what it does not depend on. `ValueError` where it is not finite."""
+def leaves_of(theta: Params) -> Params:
+    """theta in float64, as leaves of a derivative."""
+    return {key: value.detach().double().requires_grad_() for key, value in theta.items()}
+
+
+def pull(surrogate: Tensor, leaves: Params, like: Params) -> Params:
+    """Gradient of a scalar at `leaves`, in the dtype of `like`; zero for what it does not depend on.
+
+    Raises `ValueError` where it is not finite or depends on none of them.
+    """
     if not surrogate.requires_grad:
         raise ValueError("nothing here depends differentiably on theta; check the reward, the start and the density")
     grads = torch.autograd.grad(surrogate, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -104,7 +112,7 @@ def pull(surrogate: Tensor, leaves: Params) -> Params:
     for key, value in grad.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"the gradient in '{key}' is not finite; check that densities and values are finite")
-    return grad
+    return {key: value.to(like[key].dtype) for key, value in grad.items()}
 
 
 def check_discounts(leader: float, follower: float) -> None:

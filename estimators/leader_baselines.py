@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from sim2real.estimators.boltzmann_tables import pull
+from sim2real.estimators.boltzmann_tables import leaves_of, pull
 from sim2real.estimators.leader_critic import Operator, bellman_operator, leader_nodes, solve, worth
 from sim2real.estimators.leader_view import CriticOptions, Seen, look, outer_weights, sources
 from sim2real.estimators.neural_features import returns_to_go
@@ -35,6 +35,12 @@ from sim2real.rollout import Rollout
 
 Source = Literal["pathwise", "score"]
 StateValue = Callable[[Tensor], Tensor]
+
+
+class _Options(TypedDict):
+    temperature: float
+    critics: CriticOptions | None
+    actions: Tensor | None
 
 
 def naive_leader_gradient(
@@ -51,10 +57,11 @@ def naive_leader_gradient(
     actions: Tensor | None = None,
 ) -> Estimate:
     """The direct terms of theorem 1 alone; arguments and errors as in `boltzmann_covariance_gradient`."""
-    seen = _look(task, policy, theta, nu, transitions(data), temperature, soft_value, critics, actions)
+    options: _Options = {"temperature": temperature, "critics": critics, "actions": actions}
+    seen = _look(task, policy, theta, nu, transitions(data), soft_value, **options)
     outer = outer_weights(seen)
     with torch.enable_grad():
-        grad = pull((outer * sources(seen, source)[0]).sum(), seen.theta)
+        grad = pull((outer * sources(seen, source)[0]).sum(), seen.theta, theta)
     return Estimate((outer * seen.data.rewards).sum(), grad, {"outer_weights": outer})
 
 
@@ -79,13 +86,14 @@ def hpgd_gradient(
     """
     batch = transitions(data)
     fitted = batch if value_data is None else transitions(value_data)
-    seen = _look(task, policy, theta, nu, batch, temperature, soft_value, critics, actions)
+    options: _Options = {"temperature": temperature, "critics": critics, "actions": actions}
+    seen = _look(task, policy, theta, nu, batch, soft_value, **options)
     other = seen
     if value_data is not None:
-        other = _look(task, policy, theta, nu, fitted, temperature, soft_value, critics, actions)
+        other = _look(task, policy, theta, nu, fitted, soft_value, **options)
         other = replace(other, theta=seen.theta)
-    outer, options = outer_weights(seen), seen.options
-    pair, state = options.features, options.value_features
+    outer, batch, fitted = outer_weights(seen), seen.data, other.data
+    pair, state = seen.options.features, seen.options.value_features
     of_pair, of_state = _regression(pair(fitted.states, fitted.actions)), _regression(state(fitted.states))
     at_pair, at_state = pair(batch.states, batch.actions), state(batch.states)
     if values == "monte_carlo":
@@ -101,7 +109,7 @@ def hpgd_gradient(
     along = _pushed_forward(fitted, share, task.follower.discount)
     with torch.enable_grad():
         surrogate = (outer * sources(seen, source)[0]).sum() + (along * sources(other, source)[1]).sum()
-        grad = pull(surrogate, seen.theta)
+        grad = pull(surrogate, seen.theta, theta)
     return Estimate((outer * batch.rewards).sum(), grad, {"outer_weights": outer, "source_worth": along})
 
 
@@ -122,7 +130,8 @@ def sobirl_gradient(
 
     Where the follower's reward does not depend on the action, its bracket is zero and it is the naive gradient.
     """
-    seen = _look(task, policy, theta, nu, transitions(data), temperature, soft_value, critics, actions)
+    options: _Options = {"temperature": temperature, "critics": critics, "actions": actions}
+    seen = _look(task, policy, theta, nu, transitions(data), soft_value, **options)
     batch, outer = seen.data, outer_weights(seen)
     returns = returns_to_go(batch, batch.rewards.unsqueeze(-1), task.discount)[:, 0]
     first = returns[batch.step == 0][batch.episode] / len(batch.initial_states) / temperature
@@ -133,7 +142,7 @@ def sobirl_gradient(
         bracket = reward(batch.actions)
         for node, share in zip(nodes, shares, strict=True):
             bracket = bracket - share * reward(node)
-        grad = pull((outer * sources(seen, source)[0]).sum() + (first * bracket).sum(), seen.theta)
+        grad = pull((outer * sources(seen, source)[0]).sum() + (first * bracket).sum(), seen.theta, theta)
     return Estimate((outer * batch.rewards).sum(), grad, {"outer_weights": outer})
 
 
@@ -143,15 +152,14 @@ def _look(
     theta: Params,
     nu: Params,
     data: Transitions,
-    temperature: float,
     soft_value: StateValue,
+    *,
+    temperature: float,
     critics: CriticOptions | None,
     actions: Tensor | None,
 ) -> Seen:
     check_temperature(temperature)
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
-    fixed = {key: value.detach() for key, value in nu.items()}
-    return look(task, policy, leaves, fixed, data, soft_value, critics, actions, None)
+    return look(task, policy, leaves_of(theta), nu, data, soft_value, critics=critics, actions=actions)
 
 
 def _regression(phi: Tensor) -> Operator:

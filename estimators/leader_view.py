@@ -10,7 +10,7 @@ derivatives whatever the method; the methods differ in the weights (`boltzmann_c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -91,14 +91,18 @@ def look(
     nu: Params,
     data: Transitions,
     soft_value: Callable[[Tensor], Tensor],
+    *,
     critics: CriticOptions | None,
     actions: Tensor | None,
-    following: Following | None,
+    following: Following | None = None,
 ) -> Seen:
-    """What every gradient of this kind needs of the transitions; theta as leaves of the derivative."""
+    """What every gradient of this kind needs of the transitions, in float64; theta: leaves of the derivative."""
+    exact = {key: value.double() for key, value in vars(data).items() if value.is_floating_point()}
+    data = replace(data, **exact)
+    nu = {key: value.detach().double() if value.is_floating_point() else value for key, value in nu.items()}
     check_discounts(task.discount, task.follower.discount)
     options = critics if critics is not None else CriticOptions()
-    rows = options.row_weights if options.row_weights is not None else torch.ones_like(data.rewards)
+    rows = options.row_weights.double() if options.row_weights is not None else torch.ones_like(data.rewards)
     if rows.shape != data.rewards.shape:
         raise ValueError(f"row_weights must be [{len(data.rewards)}], one per transition, got {tuple(rows.shape)}")
     alive = (~data.ended).to(data.rewards.dtype)
@@ -143,7 +147,7 @@ def outer_weights(seen: Seen, weights: Tensor | None = None, first: Tensor | Non
     if weights is not None:
         if weights.shape != data.rewards.shape:
             raise ValueError(f"weights must be [{len(data.rewards)}], one per transition, got {tuple(weights.shape)}")
-        return weights
+        return weights.double()
     if first is None:
         return seen.task.discount ** data.step.to(data.rewards.dtype) / len(data.initial_states)
     count = len(seen.value_weights)

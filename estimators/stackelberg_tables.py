@@ -26,7 +26,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sim2real.estimators.boltzmann_tables import check_discounts, check_policy, inverse, moved_kernel, pull
+from sim2real.estimators.boltzmann_tables import (
+    check_discounts,
+    check_policy,
+    inverse,
+    leaves_of,
+    moved_kernel,
+    pull,
+)
 from sim2real.estimators.soft_value import check_temperature
 from sim2real.leader_task import ConfigurableTables, GameTables
 from sim2real.params import Estimate, Params
@@ -52,12 +59,13 @@ def stackelberg_tables_gradient(
     """
     check_temperature(temperature)
     check_discounts(leader_discount, follower_discount)
-    leaves = {key: value.detach().requires_grad_() for key, value in theta.items()}
+    leaves, soft_value = leaves_of(theta), soft_value.double()
     with torch.enable_grad():
         at, leading = game(leaves), leader_policy(leaves)
-    kernel = (at.transition if transition is None else transition).detach()
+    kernel = (at.transition if transition is None else transition).detach().double()
     _check(at, kernel, leading, follower_policy, soft_value)
-    reward, start, f, g = at.leader_reward.detach(), at.start.detach(), leading.detach(), follower_policy
+    tables = (at.leader_reward, at.start, leading, follower_policy)
+    reward, start, f, g = (table.detach().double() for table in tables)
     joint = f.unsqueeze(-1) * g
     closed = torch.einsum("sba,sbax->sx", joint, kernel)
     resolvent = inverse(closed, leader_discount)
@@ -77,7 +85,7 @@ def stackelberg_tables_gradient(
         surrogate = (taken * at.leader_reward).sum() + (worth * at.follower_reward).sum() + value @ at.start
         ahead = leader_discount * taken.unsqueeze(-1) * value + follower_discount * worth.unsqueeze(-1) * expected
         surrogate = surrogate + moved_kernel(ahead, at.transition, transition) + (leader_worth * leading).sum()
-        grad = pull(surrogate, leaves)
+        grad = pull(surrogate, leaves, theta)
     info = {"leader_value": value, "benefit": benefit, "visits": visits, "leader_worth": leader_worth}
     return Estimate(start @ value, grad, info)
 

@@ -65,10 +65,10 @@ def four_rooms_tables(theta: Params, *, transition: Tensor | None = None) -> Con
     penalties = four_rooms_penalties(theta)
     cell = torch.arange(len(CELLS), device=penalties.device)
     follower = torch.where(cell == GOAL, penalties.new_ones(()), penalties)
-    leader = (cell == TARGET).to(penalties) + PENALTY_PRICE * penalties.sum() * (cell == GOAL)
+    leader = (cell == TARGET).to(penalties) + PENALTY_PRICE * penalties.sum(-1, keepdim=True) * (cell == GOAL)
     start = (cell == START).to(penalties)
-    four = (len(CELLS), 4)
-    return ConfigurableTables(leader.unsqueeze(-1).expand(four), follower.unsqueeze(-1).expand(four), start, transition)
+    leader, follower = (reward.unsqueeze(-1).expand(*reward.shape, 4) for reward in (leader, follower))
+    return ConfigurableTables(leader, follower, start, transition)
 
 
 def four_rooms(*, intended: float = PLANNER) -> LeaderTask:
@@ -94,10 +94,10 @@ def four_rooms(*, intended: float = PLANNER) -> LeaderTask:
         return following.to(state)[_index(state), _index(action), _index(after)].log()
 
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, after: Tensor) -> Tensor:
-        return _look_up(four_rooms_tables(theta).follower_reward[:, 0], state)
+        return _look_up(four_rooms_tables(theta).follower_reward[..., 0], state)
 
     def leader_reward(theta: Params, state: Tensor, action: Tensor, after: Tensor) -> Tensor:
-        return _look_up(four_rooms_tables(theta).leader_reward[:, 0], state)
+        return _look_up(four_rooms_tables(theta).leader_reward[..., 0], state)
 
     world = ModelMDP(
         initial_state,
@@ -129,5 +129,6 @@ def _index(column: Tensor) -> Tensor:
 
 
 def _look_up(cells: Tensor, state: Tensor) -> Tensor:
-    """Values per cell, 0 once ended."""
-    return torch.cat([cells, cells.new_zeros(1)])[_index(state)]
+    """Values per cell `[104]` or `[B, 104]`, 0 once ended."""
+    every = torch.cat([cells, torch.zeros_like(cells[..., :1])], -1).expand(len(state), -1)
+    return every.gather(-1, state.long()).squeeze(-1)

@@ -103,6 +103,21 @@ def test_any_number_of_zones(zones: int) -> None:
     assert float(batch.states[:, -1].norm()) < float(batch.states[:, 0].norm())
 
 
+def test_logits_per_environment() -> None:
+    task, generator = building_thermal(), seeded(6)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    every = {"insulation": draw(3, 4), "airflow": draw(3, 4)}
+    state, action, e = draw(3, 4), draw(3, 2), draw(3, 4)
+    together = task.follower.step(every, state, action, e)
+    worth = task.reward(every, state, action, together)
+    for i in range(3):
+        own = {key: value[i] for key, value in every.items()}
+        assert torch.allclose(
+            task.follower.step(own, state[i : i + 1], action[i : i + 1], e[i : i + 1])[0], together[i]
+        )
+        assert torch.allclose(task.reward(own, state[i : i + 1], action[i : i + 1], together[i : i + 1])[0], worth[i])
+
+
 def test_bad_buildings() -> None:
     with pytest.raises(ValueError, match="at least 3 zones"):
         ring_building(2)

@@ -105,6 +105,15 @@ def test_rewards_at_the_special_cells() -> None:
     assert float(tables.follower_reward[START, 1]) == pytest.approx(-0.2 / 105)
 
 
+def test_logits_per_environment() -> None:
+    task, every = four_rooms(), torch.stack([logits(0), logits(1), logits(2)])
+    state, none = torch.tensor([[GOAL], [TARGET], [ENDED]], dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    for reward in (lambda th, s: task.reward(th, s, none, s), lambda th, s: task.follower.reward(th, s, none, none, s)):
+        together = reward({"logits": every}, state)
+        apart = [reward({"logits": every[i]}, state)[i] for i in range(3)]
+        assert torch.equal(together, torch.stack(apart))
+
+
 def test_a_slip_that_is_no_probability() -> None:
     with pytest.raises(ValueError, match="probability"):
         four_rooms(intended=1.2)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import warp as wp
+from torch import Tensor
 
 from sim2real.bounds import Box
 from sim2real.mdp import ModelMDP
@@ -72,13 +73,15 @@ def _exact(model: ModelMDP, order: Literal[1, 2, 3], hours: float) -> ModelMDP:
     if roll is None:
         raise TypeError("a Warp model rolls out by itself")
 
-    def entries(theta: Params) -> Params:
-        return dict(zip(names, transition_matrix(order, theta, hours).flatten(-2).unbind(-1), strict=True))
+    def entries(theta: Params, like: Tensor) -> Params:
+        # in float32 the derivatives of the matrix exponential would be off by 5e-4
+        exact = transition_matrix(order, {key: value.double() for key, value in theta.items()}, hours)
+        return dict(zip(names, exact.to(like.dtype).flatten(-2).unbind(-1), strict=True))
 
     return replace(
         model,
-        step=lambda theta, state, action, e: linear.step(entries(theta), state, action, e),
-        open_loop=lambda theta, start, actions, e: roll(entries(theta), start, actions, e),
+        step=lambda theta, state, action, e: linear.step(entries(theta, state), state, action, e),
+        open_loop=lambda theta, start, actions, e: roll(entries(theta, start), start, actions, e),
     )
 
 

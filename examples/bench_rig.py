@@ -67,11 +67,14 @@ def main() -> int:
     parser.add_argument("--schema", help="its schema (YAML)")
     parser.add_argument("--model", default="pendulum")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_rig"))
-    parser.add_argument("--quick", action="store_true", help="one tuning iteration, no reports")
+    parser.add_argument("--quick", action="store_true", help="one tuning iteration on short rollouts, no reports")
     parser.add_argument("words", nargs="*", help="further key=value for `sim2real fit`")
     options = parser.parse_args()
     start = time.perf_counter()
     sizes = ["report=false"] if options.quick else []
+    rollouts = ["horizon=0.6", "batch=8", "tune.max_steps=4"]
+    if options.quick:
+        rollouts = ["horizon=0.3", "batch=4", "tune.max_steps=1"]
     fitted, tuned = options.out / "fit", options.out / "tune"
     if options.log:
         schema = [f"schema={options.schema}"] if options.schema else []
@@ -92,8 +95,7 @@ def main() -> int:
     ]
     policy = ["policy=linear", "policy.gain=[[8,1.5]]", f"policy.target=[{UPRIGHT},0]"]
     code = code or run("tune", f"params={fitted / 'params.json'}", "model=pendulum", *task, *policy,
-                       "horizon=0.6", "batch=8", "free=[inertia,mgl,damping]", "tune.radius=0.4",
-                       f"tune.max_steps={1 if options.quick else 4}",
+                       *rollouts, "free=[inertia,mgl,damping]", "tune.radius=0.4",
                        "data.mode=callable", "data.callable=bench_rig.balance", "reward=bench_rig.reward",
                        f"out={tuned}", *sizes)  # fmt: skip
     print(f"\ndone in {time.perf_counter() - start:.0f} s; open\n  {fitted / 'report.html'}\n  {tuned / 'report.html'}")

@@ -181,7 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="short plans, few runs, few steps")
     parser.add_argument("--plot", help="write the figure to this file")
     arguments = parser.parse_args()
-    tiny = {"horizon": 4, "length": 12, "runs": 4, "fresh": 8, "steps": 4} if arguments.quick else {}
+    tiny = {"horizon": 4, "length": 12, "runs": 4, "fresh": 8, "steps": 2} if arguments.quick else {}
     drawn = main(Settings(**tiny), arguments.seed)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

@@ -174,10 +174,10 @@ def main(settings: Settings, seed: int) -> Figure:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[3])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two iterations of a few short episodes")
+    parser.add_argument("--quick", action="store_true", help="one iteration of a few short episodes")
     parser.add_argument("--plot", help="write the figure to this file")
     arguments = parser.parse_args()
-    tiny = {"steps": 2, "episodes": 8, "horizon": 100, "judged": 8} if arguments.quick else {}
+    tiny = {"steps": 1, "episodes": 8, "horizon": 60, "judged": 8} if arguments.quick else {}
     drawn = main(Settings(**tiny), arguments.seed)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

@@ -42,7 +42,7 @@ actions: {a1: {column: a1, unit: "1"}}
 dt: 1.0
 """
 SMALL = [
-    "model._target_=tune_world.model", "policy=linear", "horizon=8", "batch=4", "discount=0.9", "free=[B]",
+    "model._target_=tune_world.model", "policy=linear", "horizon=4", "batch=4", "discount=0.9", "free=[B]",
 ]  # fmt: skip
 
 
@@ -80,7 +80,14 @@ def write_rollouts(folder: Path, policy: Path, names: list[str], seed: int) -> N
 def test_a_callable_improves_the_real_return_and_exports_the_policy(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, "policy.std=0.2", "data.mode=callable", "data.callable=tune_world.collect", "tune.max_steps=3"]
+    words = [
+        *SMALL,
+        "policy.std=0.2",
+        "data.mode=callable",
+        "data.callable=tune_world.collect",
+        "horizon=8",
+        "tune.max_steps=2",
+    ]
     code, out, err = run(capsys, [*words, "out=run", "--json"])
     document = json.loads(out)
     assert code == 0, err
@@ -143,14 +150,14 @@ def after_fit(place: Path, fitted: Path) -> list[str]:
     (place / "scalar_world.py").write_text(SCALARS)
     return [
         f"params={fitted / 'fit'}", f"log={fitted / 'logs'}", f"schema={fitted / 'schema.yaml'}", "policy=linear",
-        "model._target_=scalar_world.model", "horizon=8", "batch=4", "discount=0.9", "reward=tune_world.reward",
+        "model._target_=scalar_world.model", "horizon=4", "batch=4", "discount=0.9", "reward=tune_world.reward",
     ]  # fmt: skip
 
 
 def test_after_a_fit_freedom_calibration_and_trade_off_are_reported(
     place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*after_fit(place, fitted), "tune.max_steps=2", "tune.trade_off=1", "out=run"]
+    words = [*after_fit(place, fitted), "horizon=8", "tune.max_steps=2", "tune.trade_off=1", "out=run"]
     code, out, err = run(capsys, [*words, "--json"])
     assert code == 0, err
     document = json.loads(out)
@@ -171,7 +178,7 @@ def test_after_a_fit_freedom_calibration_and_trade_off_are_reported(
 
 def test_a_limit_and_draws_from_the_posterior(place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*after_fit(place, fitted), "tune.max_steps=0", "calibration=false", "tune.certify=false", "report=false"]
-    words += ["horizon=4", "tune.use_freedom=false"]
+    words += ["tune.use_freedom=false"]
     limit = ["constraint.cost=scalar_world.effort", "constraint.limit=100", "constraint.name=effort"]
     code, out, err = run(capsys, [*words, *limit, "randomize=8", "out=run", "--json"])
     assert code == 0, err
@@ -223,7 +230,7 @@ def test_a_new_start_takes_no_rollouts_of_the_policies_before(place: Path, capsy
     # other settings would make another first policy than the one that was exported
     code, _, err = run(capsys, [*words, "horizon=9"])
     assert code == 5
-    assert "settings.horizon was 8.0, is 9.0" in err
+    assert "settings.horizon was 4.0, is 9.0" in err
     write_rollouts(Path("new"), Path("run/policy"), [f"first_{k}" for k in range(6)], 0)
     assert run(capsys, words)[0] == 4
     code, _, err = run(capsys, [*words, "horizon=9", "resume=false"])
@@ -245,7 +252,7 @@ def test_a_gymnasium_environment(place: Path, capsys: pytest.CaptureFixture[str]
     import tune_world  # noqa: F401  (registers the environment)
 
     words = [*SMALL, "data.mode=env", "data.env=TuneWorld-v0", "data.exploration=0.3", "data.rollouts=8"]
-    words += ["horizon=20", "tune.max_steps=1", "report=false", "policy.target=[0.1,0]"]
+    words += ["horizon=8", "tune.max_steps=1", "report=false", "policy.target=[0.1,0]"]
     code, _, err = run(capsys, [*words, "out=a"])
     assert code == 0, err
     assert run(capsys, [*words, "out=b"])[0] == 0
@@ -260,7 +267,7 @@ def test_an_mlp_policy_against_a_log(place: Path, capsys: pytest.CaptureFixture[
     np.savez("first/policy.npz", activations=["identity"], weight0=[[-0.6, -0.9]], bias0=[0.0])
     write_rollouts(Path("logs"), Path("first"), [f"run_{k}" for k in range(8)], 2)
     words = [*SMALL, "policy=mlp", "policy.hidden=[4]", "policy.target=[0.2,-0.1]", "tune.damping=1e-2", "log=logs",
-             "tune.certify=false",  # so large a damping biases the gradient
+             "horizon=8", "tune.certify=false",  # so large a damping biases the gradient
              "schema=schema.yaml", "tune.max_steps=0", "reward=tune_world.reward", "out=run"]  # fmt: skip
     code, _, err = run(capsys, [word for word in words if word != "policy=linear"])
     assert code == 0, err

@@ -8,6 +8,7 @@ lists for tuples, strings for literals. Only this package and `cli.py` know Hydr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -227,6 +228,7 @@ class TuneConfig:
 COMMANDS: dict[str, type] = {"fit": FitConfig, "evaluate": EvaluateConfig, "tune": TuneConfig}
 
 
+@cache
 def register() -> None:
     """Put all dataclasses into Hydra's ConfigStore: one node per command, one group per choice."""
     store = ConfigStore.instance()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -57,7 +57,7 @@ class Scope:
     name: str
     file: str
     first_line: int
-    captured: dict[str, Any]
+    captured: Mapping[str, Any]
     callers: tuple[Any, ...]
     arguments: tuple[str, ...]
     enter: Callable[..., Value]  # runs another function of the user

@@ -7,8 +7,12 @@ import builtins
 import inspect
 import itertools
 import textwrap
+from collections import ChainMap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
+from types import CodeType
 from typing import Any, NoReturn
 
 import warp as wp
@@ -57,20 +61,17 @@ def _read(function: Any, caller: Scope | None) -> tuple[Scope, list[ast.stmt], i
     code = getattr(plain, "__code__", None)
     if code is None or plain.__name__ == "<lambda>":
         raise WarpLanguageError(f"{function!r}: not a function written with `def`; write `def step(...)` in a file")
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise WarpLanguageError(
-            f"{code.co_filename}: {plain.__name__}: its source cannot be read ({error}); define it in a file"
-        ) from None
-    definition = tree.body[0]
-    closure = inspect.getclosurevars(plain)
+    definition = _definition(code)
+    closure: dict[str, Any] = {}
+    for name, cell in zip(code.co_freevars, plain.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a variable of the outer function that has no value yet
+            closure[name] = cell.cell_contents
     callers = caller.callers if caller else ()
     scope = Scope(
         name=plain.__name__,
         file=code.co_filename,
         first_line=code.co_firstlineno,
-        captured={**vars(builtins), **plain.__globals__, **closure.nonlocals},
+        captured=ChainMap(closure, plain.__globals__, vars(builtins)),
         callers=(*callers, plain),
         arguments=(),
         enter=run_function,
@@ -85,6 +86,17 @@ def _read(function: Any, caller: Scope | None) -> tuple[Scope, list[ast.stmt], i
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             fail(scope, definition, f"the argument *{parameter.name}", "name every argument")
     return scope, definition.body, signature
+
+
+@lru_cache(maxsize=256)
+def _definition(code: CodeType) -> ast.stmt:
+    """The `def` statement that was compiled to this code."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+    except (OSError, TypeError, SyntaxError) as error:
+        raise WarpLanguageError(
+            f"{code.co_filename}: {code.co_name}: its source cannot be read ({error}); define it in a file"
+        ) from None
 
 
 def run_block(statements: Sequence[ast.stmt], names: dict[str, Any], scope: Scope) -> Value | None:

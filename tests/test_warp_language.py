@@ -291,6 +291,10 @@ def constants(a, b):
     flag = True
     if a[0] > 0.5:
         flag = False
+    if b[0] > 0.0:
+        kinds = (1.0, wp.mat22(2.0), wp.vec2(a[0], 3.0))
+    else:
+        kinds = (1.0, wp.mat22(2.0), wp.vec2(b[1], 3.0))
     sure = flag and not b[0] > 10.0
     eye = wp.identity(n=2, dtype=float)
     low = wp.matrix(0.0, shape=(2, 3))
@@ -320,7 +324,7 @@ def constants(a, b):
         wp.inverse(wp.matrix(2.0, shape=(1, 1)))[0, 0],
         (wp.vec2(1.0, 2.0) * corner)[0], abs(wp.vec2(-1.0, 2.0))[0], wp.exp(0.0) ** 2,
         wp.where(1.0 == 1.0 or a[0] > b[0], 1.0, 2.0),
-        wp.dot(point, point), wp.atan2(0.0, 1.0), PAIRS[0],
+        wp.dot(point, point), wp.atan2(0.0, 1.0), PAIRS[0], kinds[1][1, 0] + kinds[2][1],
     )  # fmt: skip
 
 
@@ -340,7 +344,7 @@ def test_constants_are_folded() -> None:
         1.5, 0.25, None, 1.0,
         2.0, 0.0, 0.0, 0.5,
         7.0, 1.0, 1.0, 1.0,
-        1.25, 0.0, 0.5,
+        1.25, 0.0, 0.5, 5.0,
     ]  # fmt: skip
     for node, number in zip(function.value, expected, strict=True):
         if number is not None:  # a[0] is not known: the difference of two choices
@@ -696,6 +700,15 @@ def _no_arguments(a, b):
     return wp.normalize()
 
 
+def _made():
+    def unset_yet(a, b):
+        return a[0] * later
+
+    yield unset_yet
+    later = 1.0
+
+
+_unset = next(_made())
 WEIGHT = torch.ones(())
 REFUSED = {
     _count_bounds: "`range` of a number; its bounds must be whole numbers known beforehand",
@@ -741,6 +754,7 @@ REFUSED = {
     _functions_chosen: "`rule`: one branch gives",
     _attribute_of_number: "`a[0].real`; there is no such attribute",
     _no_arguments: "`wp.normalize()` with no arguments",
+    _unset: "the unknown name `later`",
     _unknown_function: "the function `wp.erf`; its derivative is not known; known are abs, ",
     _random: "the function `wp.rand_init`",
     _print: "`print(a[0])`; a step only computes values",

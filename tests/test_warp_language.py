@@ -291,7 +291,7 @@ def constants(a, b):
     flag = True
     if a[0] > 0.5:
         flag = False
-    if b[0] > 0.0:
+    if b[0] > 0.0:  # noqa: SIM108
         kinds = (1.0, wp.mat22(2.0), wp.vec2(a[0], 3.0))
     else:
         kinds = (1.0, wp.mat22(2.0), wp.vec2(b[1], 3.0))

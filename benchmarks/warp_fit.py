@@ -1,6 +1,7 @@
 """The double pendulum fitted to real logs through Warp and through torch, in the same run.
 
-`w-fit`: the fits of `real_logs.py`, whole (windows, search, intervals, scores), on one thread; kernels compiled before.
+`w-fit`: the fits of `real_logs.py`, whole (windows, search, intervals, scores), on one thread, kernels compiled before;
+in seconds of the CPU, which other jobs disturb less than those of the clock.
 
     speedup, speedup-0.25s     seconds through torch over seconds through Warp, each the least of a few interleaved
                                runs: windows of 0.5 s, those of the timing bar; windows of 0.25 s, those of the fit bar
@@ -54,10 +55,10 @@ def _race(
     seconds = dict.fromkeys(models, float("inf"))
     for turn in range(repeats + 1):
         for name, mdp in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             found[name] = fit(mdp, log, default_params(mdp.box), settings)
             if turn:  # the first one compiles and warms up
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+                seconds[name] = min(seconds[name], time.process_time() - start)
     return found, seconds
 
 

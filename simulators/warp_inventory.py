@@ -78,7 +78,7 @@ def _step(routes: Routes, layout: Layout, lost: bool, hub: bool) -> Any:
     n, houses, first = layout.stores, layout.warehouses, layout.split
     width, house_width = layout.store_width, layout.warehouse_width
 
-    def asked(action: Any, w: Any, i: Any) -> Any:
+    def asked(theta: Any, action: Any, w: Any, i: Any) -> Any:
         if times[w][i] == 0:
             return 0.0
         request = _above_zero(action[w * n + i])
@@ -91,7 +91,7 @@ def _step(routes: Routes, layout: Layout, lost: bool, hub: bool) -> Any:
         for w in range(houses):
             total = 0.0
             for i in range(n):
-                total = total + asked(action, w, i)
+                total = total + asked(theta, action, w, i)
             on_hand = state[first + w]
             share[w] = on_hand / wp.max(total, TINY)
             left[w] = 0.0
@@ -109,7 +109,7 @@ def _step(routes: Routes, layout: Layout, lost: bool, hub: bool) -> Any:
                     stock = stock + state[(k + 1) * n + i]
                 for w in range(houses):
                     if times[w][i] == k + 1:
-                        stock = stock + asked(action, w, i) * share[w]
+                        stock = stock + asked(theta, action, w, i) * share[w]
                 following[k * n + i] = stock
         for k in range(house_width):
             for w in range(houses):

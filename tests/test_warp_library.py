@@ -126,8 +126,8 @@ def test_a_fit_through_warp_is_the_fit_through_torch(name: str) -> None:
     house = name == "building_rc 2"
     kernel, twin = (factory() if house else factory(**QUICK) for factory in factories)
     theta, hour = default_params(twin.box), 3600.0
-    actions = smooth_inputs(2, 120, 1, twin.dt / hour / 8 if house else twin.dt, seed=3)
-    weather = 5.0 + smooth_inputs(2, 120, 1, 0.05, seed=4) if house else None
+    actions = smooth_inputs(2, 80, 1, twin.dt / hour / 8 if house else twin.dt, seed=3)
+    weather = 5.0 + smooth_inputs(2, 80, 1, 0.05, seed=4) if house else None
     start = 20.0 + torch.zeros(2, 2).double() if house else torch.zeros(2, 2).double()
     log = simulated_log(twin, theta, start, actions + 3.0 if house else actions, weather, noise=1e-3)
     settings = FitSettings(free=("damping", "mgl"), horizon=0.2, stride=0.05, zeros="shared", delay=True)

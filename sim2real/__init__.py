@@ -34,7 +34,7 @@ from sim2real.hybrid_policy import (
 from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
-from sim2real.mdp import ClosedLoop, ModelMDP, Noise, sample_noise
+from sim2real.mdp import ClosedLoop, ForwardSensitivity, ModelMDP, Noise, sample_noise
 from sim2real.null_space import Freedom
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
 from sim2real.policy import (
@@ -82,6 +82,7 @@ __all__ = [
     "ExportedPolicy",
     "FitResult",
     "FitSettings",
+    "ForwardSensitivity",
     "Freedom",
     "HybridPolicy",
     "Identifiability",

@@ -52,7 +52,8 @@ def test_tuning_against_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/bench_rig/log")
     runpy.run_path(str(ROOT / "examples" / "make_rig_log.py"))["write_log"](folder, 0)
-    words = [f"log={folder}", "model=pendulum", "fit.delay=true", "fit.zeros=per_run", "out=runs/bench_rig/fit"]
+    words = [f"log={folder}", "model=pendulum", "fit.delay=true", "fit.zeros=per_run"]
+    words += ["fit.stride=0.3", "report=false", "out=runs/bench_rig/fit"]
     assert main(["fit", *words]) == 0
     result = use(2)["result"]
     kept = [step["real_return"] for step in result.history if step["accepted"]]

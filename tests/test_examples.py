@@ -19,6 +19,16 @@ EXAMPLES = {
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),
     "tune_cstr.py": (("--quick", "--plot", "figure.png"), "paired gain over 20 episodes", ()),
+    "warp_double_pendulum_fit.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "windows fitted",
+        ("warp",),
+    ),
+    "warp_quadrotor_hover.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "new flights start",
+        ("warp",),
+    ),
     "tune_mujoco_cartpole.py": (("--quick", "--plot", "figure.png"), "paired gain over 8 starts", ("mujoco",)),
 }
 
@@ -41,5 +51,5 @@ def test_example_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert expected in done.stdout
     for argument in arguments:
-        if argument.endswith(".png"):
+        if argument.endswith((".png", ".gif")):
             assert (tmp_path / argument).stat().st_size > 1000

@@ -21,7 +21,9 @@ from sim2real import ModelMDP, default_params
 from sim2real.cli import main
 from sim2real.conf.compose import UsageError, resolve_function
 from sim2real.conf.models import MODELS
-from sim2real.fit import FitSettings, fit
+from sim2real.fit import FitSettings, build_misfit, fit
+from sim2real.gauss_newton import jacobian_products
+from sim2real.misfit import roll_windows
 from sim2real.roll import roll, roll_sensitivities
 from sim2real.simulators import double_pendulum
 
@@ -138,6 +140,22 @@ def test_a_fit_through_warp_is_the_fit_through_torch(name: str) -> None:
     assert ours.report.steps == theirs.report.steps
     for row, other in zip(ours.rows, theirs.rows, strict=True):
         assert (row.value, row.low, row.high) == pytest.approx((other.value, other.low, other.high), rel=1e-6, abs=1e-9)
+
+
+def test_products_with_the_jacobian_of_many_parameters_match_the_torch_twin() -> None:
+    """They need the transitions of the steps, which the engine keeps to itself."""
+    kernel, twin = pair("pendulum", QUICK)
+    theta = default_params(twin.box)
+    log = simulated_log(twin, theta, torch.zeros(1, 2).double(), smooth_inputs(1, 60, 1, twin.dt, seed=3), noise=1e-3)
+    settings = FitSettings(free=("damping", "mgl"), horizon=0.1, stride=0.05)
+    found = []
+    for model in (kernel, twin):
+        misfit, _ = build_misfit(model, log, theta, settings)
+        rolled = roll_windows(misfit, misfit.unknowns.start)
+        tangent, adjoint = jacobian_products(misfit, rolled)
+        found.append((tangent(torch.ones(2).double()), adjoint(torch.ones_like(rolled.residual.flatten(1)))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 SCHEMA = """

@@ -102,12 +102,12 @@ def m_symmetry(quick: bool) -> Iterator[Figure]:
 
 def m_speed(quick: bool) -> Iterator[Figure]:
     """Periods per second, forward and backward, on one thread; float32."""
-    periods, paths, rounds = (8, 512, 2) if quick else (8, 8192, 2)  # an order takes five periods to reach a store
+    periods, paths, rounds = (8, 512, 2) if quick else (8, 8192, 1)  # an order takes five periods to reach a store
     task = one_warehouse_task(50)
     noise = task_noise(task, paths, periods, seed=task.train_seed, dtype=torch.float32)
     traits = store_traits(task)
     traits = replace(traits, mean=traits.mean.float(), features=traits.features.float())
-    sizes = (512,) if quick else (512, 1024, 2048)
+    sizes = (512,) if quick else (512, 2048)
     network = symmetry_aware_policy(traits), symmetry_aware_weights(traits, context=256)
     levels = {"level": 4.0 * traits.mean, "top": 8.0 * traits.mean.sum(0, keepdim=True)}
     races = {

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
     "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
+    "compare_gradients.py": (("--quick", "--plot", "figure.png"), "cost per period", ()),
     "design_building.py": (("--quick", "--plot", "figure.png"), "last design", ()),
     "design_four_rooms.py": (("--quick", "--plot", "figure.png"), "exact leader value", ()),
     "hdpo_inventory.py": (("--quick", "--plot", "figure.png"), "sharing weights saves", ()),
@@ -19,6 +20,11 @@ EXAMPLES = {
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),
     "tune_cstr.py": (("--quick", "--plot", "figure.png"), "paired gain over 20 episodes", ()),
+    "warp_cartpole_swingup.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "of 8 new episodes",
+        ("warp",),
+    ),
     "warp_double_pendulum_fit.py": (
         ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
         "windows fitted",

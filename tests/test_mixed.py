@@ -199,7 +199,7 @@ def soft_response(mdp: ModelMDP, gains: Params, horizon: int, temperature: float
     return discrete_first_policy(logits, branches, choices=3, continuous_dim=1)
 
 
-@pytest.mark.parametrize("temperature", [2.0, 0.5])
+@pytest.mark.parametrize("temperature", [pytest.param(2.0, marks=pytest.mark.slow), 0.5])
 def test_at_the_soft_best_response_the_decentralised_update_is_exact(temperature: float) -> None:
     """The theorem of docs/mixed.rst, all trajectories of two steps, and what dropping the cross term alone leaves."""
     mdp, point = instance.model(), instance.parameters("far")

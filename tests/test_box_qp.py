@@ -59,6 +59,14 @@ def test_units_do_not_matter() -> None:
     torch.testing.assert_close(scaled.x / unit, box_qp(H, g, low, high).x, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-100, 1e100])
+def test_costs_beyond_single_precision_are_solved_too(size: float) -> None:
+    H, g, low, high = problem(16, 6, seed=1)
+    solution = box_qp(size * H, size * g, low, high)
+    assert bool(solution.converged.all())
+    torch.testing.assert_close(solution.x, box_qp(H, g, low, high).x, rtol=1e-11, atol=1e-12)
+
+
 def test_unconstrained_and_pinned_and_tight_boxes() -> None:
     H, g, _, _ = problem(8, 5, seed=2)
     free = box_qp(H, g)

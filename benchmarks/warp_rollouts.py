@@ -15,8 +15,10 @@ of squares of all states by start, actions and parameters, forward and backward.
     seconds-1024, ...   ours
 `w-newton/ratio`: Newton's Featherstone cart-pole over ours, forward + backward, per environment and step, 256 worlds: a
     generic engine against a specialised kernel; needs `newton` in the Python that NEWTON_PYTHON names, or in this one.
-`w-hvp`: exact Hessian-vector product, 1024 environments
-    over-gradient       forward over reverse, over the gradient
+`w-hvp`: exact product with the Hessian, by start, actions and parameters, of a random weighted sum of all states; 1024
+    environments
+    over-gradient       forward over reverse, over the gradient of the same sum
+    over-gradient-reverse  reverse over reverse
     over-torch          torch's double backward over ours (the faster of our two ways)
 `w-memory`: double pendulum, 1024 environments, float64, forward and backward with given cotangents: peak of the
     resident memory beyond inputs and outputs
@@ -157,22 +159,32 @@ def squares(mdp: ModelMDP, names: list[str], leaves: list[Tensor]) -> Tensor:
     return (states * states).sum()
 
 
-def gradient(mdp: ModelMDP, names: list[str], leaves: list[Tensor], *, graph: bool = False) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(squares(mdp, names, leaves), leaves, create_graph=graph)
+def gradient(mdp: ModelMDP, names: list[str], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(squares(mdp, names, leaves), leaves)
 
 
-def double_backward(mdp: ModelMDP, names: list[str], leaves: list[Tensor], along: list[Tensor]) -> tuple[Tensor, ...]:
-    first = gradient(mdp, names, leaves, graph=True)
-    return torch.autograd.grad(first, leaves, along)
+def slope(
+    mdp: ModelMDP, names: list[str], leaves: list[Tensor], weights: Tensor, *, graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradient of `<weights, states>`."""
+    *theta, start, actions = leaves
+    drive = actions.transpose(0, 1)
+    states = open_loop(mdp, dict(zip(names, theta, strict=True)), start, drive, drive.detach()[..., :0])
+    return torch.autograd.grad(states, leaves, weights, create_graph=graph)
+
+
+def double_backward(
+    mdp: ModelMDP, names: list[str], leaves: list[Tensor], weights: Tensor, along: list[Tensor]
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(slope(mdp, names, leaves, weights, graph=True), leaves, along)
 
 
 def forward_over_reverse(
-    mdp: ModelMDP, names: list[str], leaves: list[Tensor], along: list[Tensor]
+    mdp: ModelMDP, names: list[str], leaves: list[Tensor], weights: Tensor, along: list[Tensor]
 ) -> tuple[Tensor, ...]:
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, d) for x, d in zip(leaves, along, strict=True)]
-        first = torch.autograd.grad(squares(mdp, names, duals), duals)
-        return tuple(forward_ad.unpack_dual(g).tangent for g in first)
+        return tuple(forward_ad.unpack_dual(g).tangent for g in slope(mdp, names, duals, weights))
 
 
 def race(batch: int, options: dict[str, object], repeats: int) -> tuple[float, float]:
@@ -203,18 +215,17 @@ def hvp(quick: bool) -> Iterator[Figure]:
     names, leaves = rollout_inputs(twin, 1024, HORIZON, torch.float32)
     rng = torch.Generator().manual_seed(1)
     along = [torch.randn(x.shape, generator=rng) * x.detach() for x in leaves]
-    times = fastest(
-        lambda: gradient(ours, names, leaves),
-        lambda: forward_over_reverse(ours, names, leaves, along),
-        lambda: double_backward(ours, names, leaves, along),
-        lambda: double_backward(twin, names, leaves, along),
+    weights = torch.randn(HORIZON + 1, 1024, 4, generator=rng).transpose(0, 1)
+    first, forward, reverse, peer = fastest(
+        lambda: slope(ours, names, leaves, weights),
+        lambda: forward_over_reverse(ours, names, leaves, weights, along),
+        lambda: double_backward(ours, names, leaves, weights, along),
+        lambda: double_backward(twin, names, leaves, weights, along),
         repeats=repeats,
     )
-    first, forward, reverse, peer = times
-    exact = double_backward(
-        twin, names, [x.detach().double().requires_grad_() for x in leaves], [d.double() for d in along]
-    )
-    found = forward_over_reverse(ours, names, leaves, along)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = double_backward(twin, names, wide, weights.double(), [d.double() for d in along])
+    found = forward_over_reverse(ours, names, leaves, weights, along)
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
     yield Figure("seconds", forward, "s", repeats)
     yield Figure("error", worst, "relative", len(leaves))

@@ -126,6 +126,13 @@ def test_double_backward_and_third_order() -> None:
         torch.autograd.grad(curve.sum(), gain)
 
 
+def test_a_gain_with_a_leading_axis_of_one_is_shared() -> None:
+    policy, nu = linear(0.0)
+    noise = drawn(policy)
+    slope = lambda gain: grad(lambda g: expected_return(FUSED, policy, THETA, {"gain": g}, noise))(gain)
+    torch.testing.assert_close(slope(nu["gain"].unsqueeze(0))[0], slope(nu["gain"]), **CLOSE)
+
+
 def test_transforms_over_shared_weights() -> None:
     """vmap over weights, and all Jacobians of torch.func, of the return in the policy's weights."""
     policy, nu = head()

@@ -1,6 +1,6 @@
 """Bar `kill9`: killed at 20 random moments each, `fit` and `tune` resume and end bitwise equal to the unbroken run.
 
-Six moments each in the default suite, twenty each with `make test-slow`. Besides random moments, the child dies at its
+Four moments each in the default suite, twenty each with `make test-slow`. Besides random moments, the child dies at its
 n-th flush or renaming of a file, for every n there is. The children are forked from a process that has imported
 everything, so that a moment costs a second.
 """
@@ -87,7 +87,7 @@ COMMANDS = {
         "fit.free=[mgl,damping,torque_offset]", "fit.delay=true", "fit.tolerance=1e-10", "report=false",
     ],
     "tune": [
-        "tune", "model._target_=world.model", "policy=linear", "policy.std=0.2", "horizon=8", "batch=4",
+        "tune", "model._target_=world.model", "policy=linear", "policy.std=0.2", "horizon=3", "batch=4",
         "tune.max_steps=2", "discount=0.9", "data.mode=callable", "data.callable=world.collect", "report=false",
     ],
 }  # fmt: skip
@@ -111,7 +111,7 @@ def unbroken(request: pytest.FixtureRequest, folder: Path, run: Run) -> tuple[st
     return name, results(out), answer["seconds"]
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_bitwise_equal(
     unbroken: tuple[str, dict[str, bytes], float], folder: Path, run: Run, moments: int
 ) -> None:

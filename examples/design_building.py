@@ -6,7 +6,7 @@ than a third, close to the least possible (162.5), though the leader never sees 
 
 The controller (the follower) minimises its own discomfort and energy and is the soft optimum for whatever building it
 gets. The designer (the leader) dislikes uneven zones, energy, and expensive construction. Following the direct effect
-of the construction alone stops near -198: what matters is how the controller answers. Every iteration runs the building
+of the construction alone ends at -197: what matters is how the controller answers. Every iteration runs the building
 for 100 episodes and fits least-squares critics of its own return and of the follower's gradient to those transitions.
 
     python examples/design_building.py --seed 0 --plot building.png

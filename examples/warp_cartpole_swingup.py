@@ -1,11 +1,12 @@
 """A swing-up, learnt through Warp
 ===============================
 
-Train a network to swing a hanging pole up and hold it: in four-second episodes it stands in nearly all new ones.
+Train a network to swing a hanging pole up: 99 % of new four-second episodes end with a second upright (seed 0).
 
 Policy, step and reward run in one Warp kernel over all environments and steps, forward and backward: an exact gradient
-of the return of 64 episodes of 200 steps is one launch each way. Plain gradient ascent (Adam) on it is enough; what
-lies beyond the four seconds is not trained for. The left picture is the return while it learns, the right one what the
+of the return of 64 episodes of 200 steps is one launch each way. Plain gradient ascent (Adam) on it is enough for
+some starts of the network and not for all (84 % with seed 1, none with seed 2); what lies beyond the four seconds is
+not trained for. The left picture is the return while it learns, the right one what the
 angles of new episodes do; the animation is one of them.
 
     python examples/warp_cartpole_swingup.py --device cuda --plot swingup.png --gif swingup.gif

@@ -1,8 +1,9 @@
 """Elementary functions of vectors of numbers, as C++: polynomials of a reduced argument, to a few units of rounding.
 
 `elementary(precision)[name]` is the body of `f_name(V x)`, of `f_atan2(V x, V y)` or of `f_sincos(V x, V& s, V& c)`,
-with the number `T`, the vector `V` and the vector `I` of integers as wide. Where a reduction fails and for what is not
-finite, `lanes_name` computes every lane by the C library.
+with the number `T`, the vector `V` and the vector `I` of integers as wide. Lanes where a reduction fails or that are
+not finite are computed by `lanes_name`, the C library; no lane depends on another. Sine and cosine are near their
+zeros as precise as the reduced argument: to an absolute, not a relative, rounding.
 Reference: Cody and Waite, Software Manual for the Elementary Functions, 1980; coefficients of Moshier's Cephes library,
 release 2.8, and for sine and cosine in float64 of Sun's fdlibm 5.3.
 """
@@ -79,9 +80,11 @@ def _horner(text: str) -> str:
     return result
 
 
-def _library(name: str, allowed: str) -> str:
-    """Every lane by the C library unless the condition holds for all."""
-    return f"if (!({allowed})) out = lanes_{name}(x);\n"
+def _library(name: str, allowed: str, arguments: str = "x") -> str:
+    """The lanes where the condition does not hold by the C library."""
+    return f"""const I fine = {allowed};
+    if (!__builtin_reduce_and(fine)) out = fine ? out : lanes_{name}({arguments});
+"""
 
 
 _SIZE = "const V m = __builtin_elementwise_abs(x);\n"
@@ -105,8 +108,8 @@ def _sincos(polynomials: dict[str, str], *, wide: bool) -> str:
     const V e = (q & 1) != 0 ? b : a, f = (q & 1) != 0 ? a : b;
     s = (q & 2) != 0 ? -e : e;
     c = ((q + 1) & 2) != 0 ? -f : f;
-    if (!(__builtin_reduce_max(__builtin_elementwise_abs(x)) < T({largest})))
-        {{ s = lanes_sin(x); c = lanes_cos(x); }}
+    const I fine = __builtin_elementwise_abs(x) < T({largest});
+    if (!__builtin_reduce_and(fine)) {{ s = fine ? s : lanes_sin(x); c = fine ? c : lanes_cos(x); }}
 """
 
 
@@ -120,18 +123,15 @@ def _arctangent(polynomial: str, *, wide: bool) -> str:
     out += far ? V({rest}) : mid ? V(T(0.5) * {rest}) : V(T(0));
     out += far ? V(T(1.57079632679489661923)) : mid ? V(T(0.78539816339744830962)) : V(T(0));
     out = __builtin_elementwise_copysign(out, x);
-    {_library("atan", "__builtin_reduce_max(m) < T(INFINITY)")}    return out;
+    {_library("atan", "m < T(INFINITY)")}    return out;
 """
 
 
-_ARCTANGENT_2 = """
+_ARCTANGENT_2 = f"""
     const V a = f_atan(x / y), b = a + __builtin_elementwise_copysign(V(T(3.14159265358979323846)), x);
     V out = y < T(0) ? b : a;
     const V p = __builtin_elementwise_abs(x), q = __builtin_elementwise_abs(y);
-    const bool usual = __builtin_reduce_min(__builtin_elementwise_min(p, q)) > T(0)
-        && __builtin_reduce_max(__builtin_elementwise_max(p, q)) < T(INFINITY);
-    if (!usual) out = lanes_atan2(x, y);
-    return out;
+    {_library("atan2", "(p > T(0)) & (q > T(0)) & (p < T(INFINITY)) & (q < T(INFINITY))", "x, y")}    return out;
 """
 
 
@@ -152,7 +152,7 @@ def _exponential(polynomials: dict[str, str], *, wide: bool) -> str:
     V scale;
     __builtin_memcpy(&scale, &n, sizeof(V));
     V out = y * scale;
-    {_library("exp", f"__builtin_reduce_max(__builtin_elementwise_abs(x)) < T({largest})")}    return out;
+    {_library("exp", f"__builtin_elementwise_abs(x) < T({largest})")}    return out;
 """
 
 
@@ -173,7 +173,7 @@ def _logarithm(polynomial: str, *, wide: bool) -> str:
     const V z = f, w = f * f;
     V out = f * (w * {polynomial}) + e * T({low});
     out = f + (out - T(0.5) * w) + e * T({high});
-    {_library("log", f"__builtin_reduce_min(x) > T({least}) && __builtin_reduce_max(x) < T(INFINITY)")}    return out;
+    {_library("log", f"(x > T({least})) & (x < T(INFINITY))")}    return out;
 """
 
 
@@ -183,5 +183,5 @@ def _hyperbolic_tangent(polynomial: str) -> str:
     const V near = x + x * z * {polynomial};
     const V far = T(1) - T(2) / (f_exp(__builtin_elementwise_min(m + m, V(T(60)))) + T(1));
     V out = m < T(0.625) ? near : __builtin_elementwise_copysign(far, x);
-    {_library("tanh", "__builtin_reduce_max(m) < T(INFINITY)")}    return out;
+    {_library("tanh", "m < T(INFINITY)")}    return out;
 """

@@ -26,8 +26,12 @@ _ELEMENTWISE = {
     "abs": "abs",
     "floor": "floor",
     "ceil": "ceil",
-    "min": "min",
-    "max": "max",
+}
+_KEEPING_NAN = {  # as in torch; Warp's own functions and the vector instructions lose it
+    "min": "((y < x) | (y != y)) ? y : x",
+    "max": "((x < y) | (y != y)) ? y : x",
+    "asin": "(x != x) ? x : {one}asin(x)",
+    "acos": "(x != x) ? x : {one}acos(x)",
 }
 
 
@@ -110,7 +114,10 @@ def _with_needs(called: Sequence[str], needs: Mapping[str, tuple[str, ...]]) -> 
     return list(dict.fromkeys(name for call in called for name in (*needs.get(call, ()), call)))
 
 
-_ONE_BY_ONE = {"sincos": ("sin", "cos"), "sin": (), "cos": (), "tan": ()}  # C functions behind a vector function
+_ONE_BY_ONE = {  # C functions behind a vector function
+    "sincos": ("sin", "cos"),
+    **dict.fromkeys(("sin", "cos", "tan", "min", "max"), ()),
+}
 _BINARY = {"atan2", "pow", "min", "max"}
 
 
@@ -119,7 +126,8 @@ def _plain(name: str) -> str:
     if name == "sincos":
         return "auto f_sincos = [](V x, V& s, V& c) { s = wp::sin(x); c = wp::cos(x); };\n"
     arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
-    return f"auto f_{name} = []({arguments}) -> V {{ return wp::{_ELEMENTWISE.get(name, name)}({values}); }};\n"
+    value = _KEEPING_NAN.get(name, f"wp::{_ELEMENTWISE.get(name, name)}({values})").format(one="wp::")
+    return f"auto f_{name} = []({arguments}) -> V {{ return {value}; }};\n"
 
 
 def _wide(name: str, precision: torch.dtype) -> str:
@@ -127,7 +135,9 @@ def _wide(name: str, precision: torch.dtype) -> str:
     arguments, values = ("V x, V y", "x, y") if name in _BINARY else ("V x", "x")
     if name == "sincos":
         return f"auto f_sincos = [&](V x, V& s, V& c) {{{elementary(precision)[name]}}};\n"
-    if name in _ELEMENTWISE:
+    if name in _KEEPING_NAN:
+        body = f"return {_KEEPING_NAN[name].format(one='lanes_')};"
+    elif name in _ELEMENTWISE:
         body = f"return __builtin_elementwise_{_ELEMENTWISE[name]}({values});"
     else:
         body = elementary(precision).get(name, f"return lanes_{name}({values});")

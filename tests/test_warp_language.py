@@ -287,6 +287,37 @@ def test_elementary_functions_at_the_ends_equal_the_library() -> None:
         torch.testing.assert_close(y, torch.stack(theirs, -1), rtol=tolerance, atol=0.0, equal_nan=True)
 
 
+def choices(x, unused):
+    return wp.vector(wp.min(x[0], x[1]), wp.max(x[0], x[1]), wp.asin(x[0]), wp.acos(x[0]))
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_an_environment_beyond_the_ordinary_changes_no_other(precision: torch.dtype) -> None:
+    # one of 16 numbers that an instruction computes together; the others must stay the same to the last bit
+    x = torch.stack([torch.linspace(-0.9, 1.9, 32), torch.linspace(2.0, -0.4, 32)], -1).to(precision)
+    (usual,) = run(elementary_value(precision), [x, x], [8])
+    others = torch.arange(32) != 5
+    for end in (torch.nan, torch.inf, -torch.inf, 0.0, 1e-310, 1e10, -1e30, 750.0, -750.0):
+        a = x.clone()
+        a[5, 0] = end
+        (y,) = run(elementary_value(precision), [a, a], [8])
+        torch.testing.assert_close(y[others], usual[others], rtol=0.0, atol=0.0, equal_nan=True)
+        b = a[5, 0]
+        library = [b.sin(), b.cos(), b.tan(), b.atan(), torch.atan2(b, a[5, 1]), b.exp(), b.log(), b.tanh()]
+        tolerance = 4.0 * torch.finfo(precision).eps
+        torch.testing.assert_close(y[5], torch.stack(library), rtol=tolerance, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_choices_keep_nan(precision: torch.dtype) -> None:
+    function = translate(choices, (Argument("x", 2), Argument("unused", 0)), precision=precision)
+    x = torch.tensor([[0.5, 0.25], [torch.nan, 0.5], [0.5, torch.nan], [-0.25, 0.75]], dtype=precision)
+    (y,) = run(tiles(function, ("each", "each")).value, [x, x], [4])
+    a, b = x.T
+    theirs = torch.stack([torch.minimum(a, b), torch.maximum(a, b), a.asin(), a.acos()], -1)
+    torch.testing.assert_close(y, theirs, rtol=4.0 * torch.finfo(precision).eps, atol=0.0, equal_nan=True)
+
+
 def constants(a, b):
     flag = True
     if a[0] > 0.5:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 EXPORTS := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup run test test-slow lint bench docs clean
+.PHONY: setup run test test-slow lint bench study-hdpo docs clean
 
 setup: $(STAMP)
 
@@ -35,7 +35,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench,convex]"
-	for file in real_logs closed_loop sensitivity layers; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+	for file in real_logs closed_loop sensitivity layers warp_rollouts mixed_gradients hypergradients inventory; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+
+# Hindsight training on the published inventory instances: resumable, hours; rows to benchmarks/results/hdpo.json
+study-hdpo: $(STAMP)
+	$(EXPORTS) $(BIN)/python benchmarks/study_hdpo.py $(ARGS)
 
 docs: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m sphinx -W -b html docs docs/_build

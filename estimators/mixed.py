@@ -71,6 +71,8 @@ def mixed_gradient(
 ) -> Estimate:
     """Gradient of `expected_return` (plus `temperature` (reward units) times the entropy) with respect to nu or theta.
 
+    Unbiased where nothing but the choices jumps: a `terminal` that the parameters move lacks its derivative, as in
+    `pathwise_gradient`.
     `policy` is a `HybridPolicy`; parameters may be shared between its parts. `advantage`: a function of
     `sim2real.estimators.baselines`. With `sampled_model` the model draws a category in `step` (detached), whose
     probability given s and a is `mdp.log_prob`; it is scored too.

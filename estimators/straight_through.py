@@ -106,8 +106,10 @@ def _relaxed(log_probs: Tensor, index: Tensor, temperature: float, gumbel: torch
 
 def _gumbel_given(log_probs: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
     """Gumbel noise g `[B, K]` given that `log pi + g` is largest at `index`."""
-    exponential = torch.empty_like(log_probs).exponential_(generator=generator)
+    drawn = torch.empty(log_probs.shape, dtype=log_probs.dtype, device=generator.device)
+    exponential = drawn.exponential_(generator=generator).to(log_probs.device)
     top = exponential.gather(-1, index.unsqueeze(-1))  # the largest perturbed value is -log of a unit exponential
-    perturbed = -torch.log(exponential * torch.exp(-log_probs) + top)
+    perturbed = -torch.logaddexp(exponential.log() - log_probs, top.log())
     perturbed = perturbed.scatter(-1, index.unsqueeze(-1), -torch.log(top))
-    return perturbed - log_probs
+    impossible = log_probs == -torch.inf  # stays so under any finite noise
+    return torch.where(impossible, torch.zeros_like(log_probs), perturbed - log_probs)

@@ -73,6 +73,7 @@ def discrete_first_policy(
         return _join(choice, c)
 
     def act(nu: Params, state: Tensor, noise: Tensor) -> Tensor:
+        _check_noise(noise, 1 + continuous_dim * stochastic)
         return branch(nu, state, _draw(log_probs(nu, state, state), noise), noise)
 
     def density(nu: Params, state: Tensor, action: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ def continuous_first_policy(
         return _join(choice, c + spread * noise[..., 1:] if stochastic else c)
 
     def act(nu: Params, state: Tensor, noise: Tensor) -> Tensor:
+        _check_noise(noise, 1 + continuous_dim * stochastic)
         first = branch(nu, state, torch.zeros_like(state[..., 0], dtype=torch.long), noise)
         return _join(_draw(log_probs(nu, state, first), noise), first[..., 1:])
 
@@ -205,6 +207,14 @@ def _check_sizes(choices: int, continuous_dim: int, std: float | Head) -> bool:
     if isinstance(std, float | int) and not 0.0 <= std < math.inf:
         raise ValueError(f"std must be >= 0 and finite (units of the continuous part), got {std}")
     return continuous_dim > 0 and std != 0.0
+
+
+def _check_noise(noise: Tensor, columns: int) -> None:
+    """Fewer or more columns would broadcast: one choice for ever, or an action of another width."""
+    if noise.shape[-1] != columns:
+        raise ValueError(
+            f"the policy takes {columns} noise columns, got {noise.shape[-1]}; draw with sample_noise(mdp, policy, ...)"
+        )
 
 
 def _checked(values: Tensor, tail: tuple[int, ...], what: str, shape: str) -> Tensor:

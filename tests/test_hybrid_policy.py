@@ -321,3 +321,7 @@ def test_bad_requests_are_named() -> None:
         cut_policy(first, axis_cells([0.0, 1.0]))
     with pytest.raises(ValueError, match="has no density"):
         first.log_prob(NU, state, first.act(NU, state, noise))
+    for policy in (sure, first):
+        for columns in (0, 2):
+            with pytest.raises(ValueError, match=f"takes 1 noise columns, got {columns}"):
+                policy.act(NU, state, torch.zeros(2, columns, dtype=torch.float64))

@@ -16,6 +16,7 @@ from benchmarks import mixed_instance as instance
 from benchmarks.oracles import mixed_enumeration as oracle
 from sim2real import Estimate, ModelMDP, Noise, Params, linear_policy, ravel, rollout, sample_noise
 from sim2real.estimators import (
+    Advantage,
     all_action_gradient,
     counterfactual_gradient,
     critic_baseline,
@@ -28,10 +29,11 @@ from sim2real.estimators import (
     square_states,
     state_baseline,
     straight_through_gradient,
+    time_baseline,
 )
 from sim2real.estimators.straight_through import _gumbel_given
 from sim2real.hybrid_policy import HybridPolicy, choice_entropy, continuous_first_policy, discrete_first_policy
-from sim2real.rollout import discounted_return
+from sim2real.rollout import Rollout, discounted_return
 
 ROUNDING = 1e-9
 """sums of some hundred float64 terms of size 10"""
@@ -261,6 +263,40 @@ def test_every_baseline_and_branch_keeps_the_mean(estimator: Callable[..., Estim
     assert bool((error.abs() <= 4.2 * gradients.std(0) / 10).all()), error
 
 
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        time_baseline,
+        state_baseline(lambda s: s[:, :1]),
+        input_baseline(lambda s, future: (s[:, 0] * future[:, -1, 0] + future[:, -1, 1]).unsqueeze(-1)),
+    ],
+    ids=["time", "state", "input"],
+)
+def test_leave_one_out_is_unbiased_in_a_batch_of_two(advantage: Advantage) -> None:
+    """No sampling error: all pairs of the 36 trajectories of two steps from one start, against the enumerated return.
+
+    The estimate is linear in the advantage, so its mean over the partner is that at the mean advantage.
+    """
+    mdp, policy, nu = instance.model(), instance.policy(), instance.parameters("far")
+    noise = instance.every_trajectory(policy, 2)
+    noise = Noise(*(part[36:] for part in (noise.initial, noise.process, noise.policy)))
+    with torch.no_grad():
+        weights, _ = instance.probabilities(mdp, policy, {}, nu, noise)  # sum to 1/2, the share of the start
+        path = rollout(mdp, instance.forced(policy), {}, nu, noise)
+    mean = torch.zeros_like(path.rewards)
+    for i, j in itertools.combinations_with_replacement(range(len(weights)), 2):
+        pair = Rollout(*(part[[i, j]] for part in (path.states, path.actions, path.rewards)))
+        drawn = Noise(*(part[[i, j]] for part in (noise.initial, noise.process, noise.policy)))
+        first, second = advantage(pair, drawn, mdp.discount)
+        mean[i] += 2 * weights[j] * first
+        if i != j:
+            mean[j] += 2 * weights[i] * second
+    scaled = len(weights) * weights.unsqueeze(-1) * mean  # `expected_gradient` scales the rewards likewise
+    estimator = partial(mixed_gradient, advantage=lambda drawn, noise, discount: scaled)
+    found = expected_gradient(estimator, mdp, policy, {}, nu, noise)
+    torch.testing.assert_close(found, exact_gradient(mdp, policy, {}, nu, noise), atol=ROUNDING, rtol=0)
+
+
 def test_what_lowers_the_variance_does() -> None:
     """At "far", of phi: baselines cut it more than five times, branches five times more. 6000 rollouts each: a ratio of
     two variances is good to some 10 %, the factors enumerated or measured elsewhere are 13 and 12."""
@@ -308,6 +344,21 @@ def test_gumbel_noise_given_the_choice_has_the_right_law() -> None:
     assert torch.equal((log_pi + g).argmax(-1), choice)
     assert float((g.mean(0) - 0.577216).abs().max()) < 4.5 * 0.0064
     assert float((g.var(0) - torch.pi**2 / 6).abs().max()) < 0.1  # 4.5 standard errors: 4.4 times var / sqrt(n)
+
+
+def test_gumbel_noise_stands_choices_that_are_impossible() -> None:
+    """Probability 0, and one below the smallest float64: a third choice that is masked out changes nothing."""
+    mdp, nu = instance.model(), instance.parameters("far")
+    noise = sample_noise(mdp, instance.policy(), 20, 3, seeded(0))
+    found = []
+    for gap in (-800.0, -torch.inf):
+        shift = torch.tensor([0.0, 0.0, gap], dtype=torch.float64)
+        logits = lambda nu, s, shift=shift: s @ nu["W"].mT + nu["b"] + shift
+        branches = lambda nu, s: (s @ nu["k"].mT + nu["h"]).unsqueeze(-1)
+        masked = discrete_first_policy(logits, branches, choices=3, continuous_dim=1)
+        found.append(ravel(straight_through_gradient(mdp, masked, {}, nu, noise, gumbel=seeded(1)).grad))
+    assert bool(torch.isfinite(found[0]).all())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("with_input", [False, True])

@@ -13,10 +13,10 @@ A step is a plain Python function of vectors; it is read, not run:
     box = Box(default={"mass": 1.0, "friction": 0.1})
     mdp = warp_model(step, reward, state=("position", "speed"), action=("force",), box=box, dt=DT)
 
-What they may hold is said in `warp_language`; numbers from outside (`DT`) become constants. The model's functions take
-torch tensors in float32 or float64, on the CPU or a CUDA device, with theta shared or per environment, and keep to
-`autograd` and `torch.func` up to second order (see `warp_functions`). As in the torch simulators, values that are not
-finite pass through: who asks for a result checks it.
+What they may hold is said in `warp_language`; numbers from outside (`DT`) become constants when the model is made.
+The model's functions take torch tensors in float32 or float64, on the CPU or a CUDA device, with theta shared or per
+environment, and keep to `autograd` and `torch.func` up to second order (see `warp_functions`). As in the torch
+simulators, values that are not finite pass through: who asks for a result checks it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from sim2real.simulators.warp_closed_loop import KernelSource, closed_loop_run
 from sim2real.simulators.warp_functions import Program, evaluate
 from sim2real.simulators.warp_language import Argument, Translated, translate
 from sim2real.simulators.warp_programs import reward_program, roll_program
+from sim2real.simulators.warp_reader import frozen
 from sim2real.simulators.warp_sensitivity import Path, roll_sensitivity
 from sim2real.simulators.warp_tiles import Tiles, tiles
 
@@ -139,6 +140,7 @@ def _check_names(**groups: Sequence[str]) -> None:
 
 
 def _with_kernels(frame: ModelMDP, source: KernelSource) -> ModelMDP:
+    source = replace(source, step=frozen(source.step), reward=frozen(source.reward))
     translated_step(source, torch.float64)  # complain at once, not at the first rollout
     if source.reward is not None:
         translated_reward(source, torch.float64)

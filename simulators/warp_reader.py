@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from types import CodeType
+from types import CellType, CodeType, FunctionType
 from typing import Any, NoReturn
 
 import warp as wp
 
 from sim2real.simulators.warp_algebra import Matrix, Quaternion, Value, Vector, describe, is_number
+from sim2real.simulators.warp_builtins import is_warps
 from sim2real.simulators.warp_expressions import (
     Scope,
     Undefined,
@@ -32,6 +33,31 @@ from sim2real.simulators.warp_expressions import (
 from sim2real.simulators.warp_graph import Node
 
 _UNROLLED = 4096  # iterations of all loops of a function; longer code takes minutes to compile
+
+
+def frozen(function: Any, copies: dict[Any, Any] | None = None) -> Any:
+    """A copy of a user's function that keeps today's globals and closure, as do the functions that it calls by name.
+
+    A model is read again for the other precision and for policies inside the kernel: numbers from outside must be the
+    same then. What is not a function is returned as it is.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(function, list):
+        return list(function)
+    plain: Any = getattr(function, "func", None) or function if isinstance(function, wp.Function) else function
+    if not inspect.isfunction(plain) or is_warps(plain):
+        return function
+    if plain not in copies:
+        code, names, cells = plain.__code__, plain.__globals__, plain.__closure__ or ()
+        space: dict[str, Any] = {"__name__": plain.__module__}
+        inner = tuple(CellType() for _ in cells)
+        copy = FunctionType(code, space, plain.__name__, plain.__defaults__, inner or None)
+        copy.__kwdefaults__, copies[plain] = plain.__kwdefaults__, copy  # known before those it calls are copied
+        space.update((name, frozen(names[name], copies)) for name in code.co_names if name in names)
+        for old, new in zip(cells, inner, strict=True):
+            with suppress(ValueError):  # a variable of the outer function that has no value yet
+                new.cell_contents = frozen(old.cell_contents, copies)
+    return copies[plain]
 
 
 def run_function(

@@ -14,7 +14,10 @@ pytest.importorskip("warp")
 import warp as wp
 
 from sim2real import Box, ModelMDP, Params
+from sim2real.mdp import Noise
+from sim2real.policy import linear_policy
 from sim2real.roll import step_jacobians
+from sim2real.rollout import rollout
 from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.warp_cartpole import warp_cartpole
 from sim2real.simulators.warp_functions import DerivativeOrderError
@@ -306,3 +309,52 @@ def test_cuda_agrees_with_the_cpu(order: str) -> None:
     there = ORDERS[order](OURS, *(tuple(t.cuda() for t in p) for p in (x, d)))
     assert all(t.is_cuda for t in flat(there))
     close([t.cpu() for t in flat(there)], ORDERS[order](OURS, x, d), 1e-12)
+
+
+def scaled(state):  # type: ignore[no-untyped-def]
+    return SCALES[0] * SHIFT * state[0]
+
+
+def scaled_step(theta, state, action, noise):  # type: ignore[no-untyped-def]
+    return wp.vector(scaled(state) + theta.mass * action[0])
+
+
+SHIFT, SCALES = 1.0, [1.0]
+
+
+def test_numbers_from_outside_are_those_of_when_the_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a notebook sets a constant anew and makes the model again: neither model may get the other's constant
+    factor = 1.0
+
+    def step(theta, state, action, noise):  # type: ignore[no-untyped-def]
+        return wp.vector(factor * scaled(state) + theta.mass * action[0])
+
+    def model(kernel: Callable[..., object]) -> ModelMDP:
+        return warp_model(
+            kernel,
+            None,
+            torch_reward=lambda theta, s, a, e, following: following[..., 0],
+            state=("x",),
+            action=("u",),
+            box=Box(default={"mass": 1.0}),
+            dt=DT,
+        )
+
+    def moved(mdp: ModelMDP, precision: torch.dtype) -> float:
+        x, theta = torch.full((3, 1), 2.0, dtype=precision), {"mass": torch.tensor(0.0, dtype=precision)}
+        noise = Noise(x[:, :0], x[:, None, :0], x[:, None, :0])
+        nu = {"gain": x.new_zeros(1, 1), "offset": x.new_zeros(1)}
+        along = rollout(dataclasses.replace(mdp, initial_state=lambda theta, e0: x), linear_policy(1), theta, nu, noise)
+        following = mdp.step(theta, x, x, x[:, :0])
+        assert torch.equal(along.states[:, 1], following)  # the kernel with the policy is made only now
+        return float(following[0])
+
+    old = [model(scaled_step), model(step)]
+    monkeypatch.setitem(globals(), "SHIFT", 3.0)
+    SCALES[0] = 2.0
+    factor = 5.0
+    new = [model(scaled_step), model(step)]
+    SCALES[0] = 1.0
+    for precision in (torch.float64, torch.float32):
+        assert [moved(mdp, precision) for mdp in old] == [2.0, 2.0]
+        assert [moved(mdp, precision) for mdp in new] == [12.0, 60.0]

@@ -174,6 +174,8 @@ def _multiply(a: Node, b: Node) -> Node:
 
 
 def _divide(a: Node, b: Node) -> Node:
+    if is_constant(b, 0.0):
+        raise ZeroDivisionError("division by zero")
     if is_constant(a) and is_constant(b):
         return constant(a.value / b.value)
     if is_constant(a, 0.0):

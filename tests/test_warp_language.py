@@ -538,6 +538,10 @@ def _divided(a, b):
     return a[0] + 1.0 / 0.0
 
 
+def _number_divided(a, b):
+    return b[0] / 0
+
+
 def _wrong_count(a, b):
     return warp_phrases.pair(a[0])
 
@@ -809,6 +813,7 @@ REFUSED = {
     _tuple: "returns a tuple of 2 values; return a number or wp.vector(...)",
     _listing: "`[a[0], b[0]]`",
     _divided: "`1.0 / 0.0` of constants",
+    _number_divided: "`b[0] / 0` of constants: division by zero",
     _wrong_count: "missing a required argument: 'y'",
     _too_many: "wp.sin of 2 numbers",
     _matrix_sizes: "* of a 2x2 matrix and a vector of length 3",

@@ -2,7 +2,7 @@
 
 `b-oracle` (here): the exact hypergradients of the four tasks against central differences (extrapolated once), and the
 processor time of one gradient. `b-theorems`: `theorems.py`. `b-thermal-*`, `b-blackbox`, `b-siblings`: `thermal.py`.
-`b-rooms-*`, `b-suboptimal`: `rooms.py`. `b-game`, `b-lqr-game`: `games.py`.
+`b-rooms-*`, `b-suboptimal`: `rooms.py`. `b-game`, `b-lqr-game`: `games.py`. `b-tuning`: `tuning_routes.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.oracles import building_thermal, discrete_game, four_rooms, lqr_
 from benchmarks.rooms import b_rooms_gradient, b_rooms_return, b_suboptimal
 from benchmarks.theorems import b_theorems
 from benchmarks.thermal import b_blackbox, b_siblings, b_thermal_gradient, b_thermal_return
+from benchmarks.tuning_routes import b_tuning
 
 Array = NDArray[np.float64]
 
@@ -88,5 +89,6 @@ if __name__ == "__main__":
             "b-suboptimal": b_suboptimal,
             "b-game": b_game,
             "b-lqr-game": b_lqr_game,
+            "b-tuning": b_tuning,
         }
     )

@@ -8,7 +8,8 @@ All estimators see the same n batches of N rollouts. Against a reference g, exac
                With the default reference, itself mixed, b is taken from the differences to "mixed" on common noise
                where those are quieter
     p          of |b|^2 under no bias. |noise|^2 is a weighted sum of chi-squares; it is matched by c chi^2_k with mean
-               tr C and variance 2 tr C^2, both estimated without bias, so that any number of parameters will do
+               tr C and variance 2 tr C^2, both estimated without bias, so that any number of parameters will do;
+               over an estimated tr C of k f degrees it is F(k, k f), f = n - 1 or Welch's for two samples
     variance   tr S_e N, of one rollout;   cosine: mean over the batches with g
     error      sqrt(|b|^2 + variance / M) / |g| with as many rollouts M as fit into the time of a batch of "mixed"
 
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from scipy.stats import chi2
+from scipy.stats import f as fisher
 from torch import Tensor
 
 from sim2real.estimators.baselines import state_baseline
@@ -208,9 +209,10 @@ def _row(
     trace, square = _noise_of_difference(*against)
     difference = float((against[0].mean(0) - against[1].mean(0)).norm())
     if square > 0:
-        stretch, degrees = square / trace, trace**2 / square
-        p_value = float(chi2.sf(difference**2 / stretch, degrees))
-        reach = float(stretch * chi2.ppf(_LEVEL, degrees)) ** 0.5
+        degrees = min(trace**2 / square, gradients.shape[1])
+        against_trace = fisher(degrees, degrees * _freedom(*against))
+        p_value = float(against_trace.sf(difference**2 / trace))
+        reach = float(trace * against_trace.ppf(_LEVEL)) ** 0.5
     else:  # nothing varies: equal or not
         p_value, reach = (1.0 if difference <= 1e-12 * max(scale, 1e-300) else 0.0), 0.0
     bias_square = max(difference**2 - trace, 0.0)
@@ -241,6 +243,12 @@ def _noise_of_difference(gradients: Tensor, target: Tensor) -> tuple[float, floa
         common = float((x @ y.T).square().sum()) / ((n - 1) * (m - 1))
         square += _square_trace(y) / m**2 + 2 * common / (n * m)
     return trace, max(square, 0.0)
+
+
+def _freedom(gradients: Tensor, target: Tensor) -> float:
+    """Degrees of freedom of the variance of the difference of both means (B. Welch, Biometrika 29 (1938) 350)."""
+    parts = [(float(x.var(0).sum()) / len(x), len(x) - 1) for x in (gradients, target) if len(x) > 1]
+    return sum(part for part, _ in parts) ** 2 / sum(part**2 / degrees for part, degrees in parts)
 
 
 def _square_trace(centred: Tensor) -> float:

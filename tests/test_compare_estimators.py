@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import linear_gaussian_problem, seeded
 from rich.console import Console
+from scipy.stats import ttest_1samp, ttest_ind
 from torch import Tensor
 
 from benchmarks import mixed_instance as instance
@@ -115,6 +116,19 @@ def test_false_alarms_of_the_bias_test_are_as_stated() -> None:
         inside += row.bias_low == 0.0
     assert abs(alarms / 500 - 0.05) < 0.039 + 0.015
     assert inside / 500 > 0.95 - 0.039 - 0.015
+
+
+@pytest.mark.parametrize(("batches", "sampled"), [(4, False), (4, True), (12, False)])
+def test_few_batches_of_one_parameter_give_the_t_test(batches: int, sampled: bool) -> None:
+    """p of one number is that of Student's or Welch's t (scipy); by chi-square four batches alarm too often."""
+    x = torch.randn(batches, 1, generator=seeded(6), dtype=torch.float64)
+    y = torch.randn(9, 1, generator=seeded(7), dtype=torch.float64) if sampled else torch.zeros(1, 1).double()
+    row = _row("x", x, y, (x, y), 1.0, scale=1.0, size=10, budget=10.0)
+    if sampled:
+        expected = ttest_ind(x[:, 0].numpy(), y[:, 0].numpy(), equal_var=False).pvalue
+    else:
+        expected = ttest_1samp(x[:, 0].numpy(), 0.0).pvalue
+    assert row.p_value == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_noise_of_a_difference_is_estimated_without_bias() -> None:

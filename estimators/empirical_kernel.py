@@ -57,8 +57,12 @@ def tilted_transition(
 
     `policy [S, A]`, `soft_value [S]` and `follower_reward [S, A]` are the follower's; k by bisection, `steps` halvings.
     Rows whose support cannot reach that value, or that hold no mass, stay as they are.
-    Raises `ValueError` for shapes that do not fit.
+    Raises `ValueError` for shapes that do not fit, or a discount outside (0, 1).
     """
+    if not 0 < discount < 1:
+        raise ValueError(f"discount must lie in (0, 1), got {discount}")
+    if soft_value.shape != transition.shape[2:]:
+        raise ValueError(f"soft_value must be {tuple(transition.shape[2:])}, got {tuple(soft_value.shape)}")
     if transition.shape[:2] != policy.shape or follower_reward.shape != policy.shape:
         raise ValueError(
             f"transition {tuple(transition.shape)}, policy {tuple(policy.shape)} and follower_reward "

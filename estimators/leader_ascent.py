@@ -13,6 +13,7 @@ Reference: S. Amari, Natural Gradient Works Efficiently in Learning, 1998.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ def natural_softmax_step(logits: Tensor, grad: Tensor, length: float, *, floor: 
 
     The direction is d = grad / p, centred under p; its length is `sqrt(sum p d^2)`. Logits come back with maximum 0 and
     are kept above `-floor`, below which a share could not come back. Raises `ValueError` for a length or floor that is
-    not positive, or shapes that differ.
+    not positive and finite, shapes that differ, or numbers that are not finite.
     """
-    if not (length > 0 and floor > 0):
-        raise ValueError(f"length and floor must be positive, got {length} and {floor}")
+    if not (0 < length < inf and 0 < floor < inf):
+        raise ValueError(f"length and floor must be positive and finite, got {length} and {floor}")
     if logits.shape != grad.shape or logits.ndim != 1:
         raise ValueError(f"logits and grad must be [n], got {tuple(logits.shape)} and {tuple(grad.shape)}")
+    if not bool(torch.isfinite(logits).all() and torch.isfinite(grad).all()):
+        raise ValueError(f"logits and grad must be finite, got {logits.tolist()} and {grad.tolist()}")
     p = torch.softmax(logits, -1)
     direction = grad / p.clamp(min=1e-6)
     direction = direction - p @ direction
@@ -55,11 +58,15 @@ def best_of_restarts(
     """Ascend from every start for an equal share of `steps`, then go on from the best for one more share.
 
     `ascend(theta, steps)` -> theta and its estimated return. One share of `steps / (len(starts) + 1)` each. What the
-    leader learns of the world may be shared by all starts. Raises `ValueError` for no start or too few steps.
+    leader learns of the world may be shared by all starts. Raises `ValueError` for no start, too few steps, or a return
+    that is not a number.
     """
     share = steps // (len(starts) + 1)
     if not starts or share < 1:
         raise ValueError(f"{steps} steps cannot be shared by {len(starts)} starts and one continuation")
     ended = [ascend(theta, share) for theta in starts]
+    lost = [i for i, (_, value) in enumerate(ended) if isnan(value)]
+    if lost:
+        raise ValueError(f"the return from the starts {lost} is not a number; shorten the steps of ascend")
     best = max(ended, key=lambda pair: pair[1])
     return ascend(best[0], steps - share * len(starts))

@@ -200,12 +200,12 @@ def _score(seen: Seen) -> tuple[Tensor, Tensor]:
         raise ValueError('the world declares no log_prob, which source="score" needs; use source="pathwise"')
     log_prob = world.log_prob(seen.theta, data.states, data.actions, data.next_states)
     phi = seen.options.features(data.states, data.actions)
-    whole = torch.zeros_like(seen.operator.fold)
-    regression = bellman_operator(phi, phi, seen.row_weights, 0.0, whole)  # discount 0: plain least squares
+    fold = seen.operator.fold
+    regression = bellman_operator(phi, phi, seen.row_weights, 0.0, fold)  # discount 0: plain least squares
 
     def surrogate(reward: Tensor, discount: float, value: Tensor) -> Tensor:
         target = (reward + discount * seen.alive * value).detach()
-        return reward + (target - phi @ solve(regression, target)[0]) * log_prob
+        return reward + (target - read(solve(regression, target), phi, fold)) * log_prob
 
     leader = task.reward(seen.theta, data.states, data.actions, data.next_states)
     noise = _no_noise(seen, data.states)

@@ -48,13 +48,17 @@ def soft_value_iteration(
     """The soft optimum of `reward [S, A]`, `transition [S, A, S]`, from `value [S]` (None: 0).
 
     `sweeps` None: Newton steps until the Bellman residual is below `tol` times max |V| (at least 1); an integer: that
-    many plain Bellman sweeps, a follower that may stop short. The report's residual is in those units. Not
-    differentiable: the leader's gradient needs no derivative of the search.
-    Raises `ValueError` for shapes that do not fit, rows of `transition` that sum to more than 1, a discount outside
-    [0, 1) or a temperature that is not positive. An answer short of `tol` warns `UnconvergedWarning` (not under
-    `sweeps`), or raises `UnconvergedError` under `strict=True`.
+    many plain Bellman sweeps before the one that gives q, value and policy, a follower that may stop short. The
+    report's residual is in those units. Not differentiable: the leader's gradient needs no derivative of the search.
+    Raises `ValueError` for shapes that do not fit, rewards that are not finite, rows of `transition` that sum to more
+    than 1, a discount outside [0, 1), a temperature that is not positive and finite, or negative counts. An answer
+    short of `tol` warns `UnconvergedWarning` (not under `sweeps`), or raises `UnconvergedError` under `strict=True`.
     """
     _check(reward, transition, discount, temperature)
+    if max_steps < 0 or (sweeps is not None and sweeps < 0):
+        raise ValueError(f"max_steps and sweeps must be >= 0, got {max_steps} and {sweeps}")
+    if value is not None and value.shape != reward.shape[:1]:
+        raise ValueError(f"value must be [{len(reward)}], one per state, got {tuple(value.shape)}")
     with torch.no_grad():
         V = reward.new_zeros(len(reward)) if value is None else value
         eye = torch.eye(len(reward), dtype=reward.dtype, device=reward.device)
@@ -100,9 +104,13 @@ def soft_q_learning(
     `passes` sweeps over the data, in the order given, from `q [S, A]` (None: 0); the step size of a pair is
     1 / (visits of it so far)^0.7. The report's residual is the largest mean temporal difference of a pair seen,
     relative to max |V| (at least 1); `converged` says whether it is below 1e-2. Pairs never seen stay as they are.
-    Raises `ValueError` for indices outside `shape`, a discount outside [0, 1) or a temperature that is not positive.
+    Raises `ValueError` for indices outside `shape`, rewards that are not finite, no pass, a discount outside [0, 1) or
+    a temperature that is not positive and finite.
     """
     _check_scalars(discount, temperature)
+    _check_finite(rewards)
+    if passes < 1:
+        raise ValueError(f"passes must be >= 1, got {passes}")
     for name, index, size in (
         ("states", states, shape[0]),
         ("actions", actions, shape[1]),
@@ -146,12 +154,21 @@ def _check(reward: Tensor, transition: Tensor, discount: float, temperature: flo
         raise ValueError(
             f"transition must be {wanted} for a reward {tuple(reward.shape)}, got {tuple(transition.shape)}"
         )
-    if bool((transition < 0).any()) or bool((transition.sum(-1) > 1 + 1e-6).any()):
+    _check_finite(reward)
+    if not bool((transition >= 0).all()) or not bool((transition.sum(-1) <= 1 + 1e-6).all()):
         raise ValueError("rows transition[s, a, :] must be >= 0 and sum to 1, or to less where episodes may end")
+
+
+def _check_finite(rewards: Tensor) -> None:
+    wrong = int((~torch.isfinite(rewards)).sum())
+    if wrong:
+        raise ValueError(
+            f"{wrong} of {rewards.numel()} rewards are not finite; forbid an action by a large negative one"
+        )
 
 
 def _check_scalars(discount: float, temperature: float) -> None:
     if not 0.0 <= discount < 1.0:
         raise ValueError(f"discount must lie in [0, 1), got {discount}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive (reward units), got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite (reward units), got {temperature}")

@@ -19,6 +19,7 @@ from benchmarks.theorems import (
     theorem_1,
 )
 from sim2real.estimators import CriticOptions, boltzmann_covariance_gradient, boltzmann_tables_gradient
+from sim2real.estimators.leader_view import look, sources
 from sim2real.estimators.transitions import Transitions
 from sim2real.leader_task import ConfigurableTables, LeaderTask
 from sim2real.mdp import ModelMDP
@@ -226,6 +227,23 @@ def test_visits_of_the_value_critic_are_the_discounted_ones() -> None:
     )
     assert torch.allclose(estimate.info["outer_weights"], outer, rtol=1e-9)
     assert relative(estimate.grad["x"], exact_gradient(problem, tables)) < EXACT
+
+
+def test_the_baseline_of_scores_is_cross_fitted_too() -> None:
+    """One feature per row: a fit without the row knows nothing of it, so the baseline there is 0, not the target."""
+    problem = instance(0, leader_actions=1)
+    data, rows, _, log_pi = enumerated(problem)
+    data = replace(data, episode=torch.arange(len(rows)) % 5)
+    critics = CriticOptions(lambda s, a: torch.eye(len(s), dtype=s.dtype), one_hot(5), row_weights=rows, folds=5)
+    policy, task = boltzmann_policy(lambda nu, s: nu["q"][s[:, 0].long()], 1.0), world(problem)
+    seen = look(task, policy, problem.theta, {"q": log_pi}, data, lambda s: s[:, 0], critics=critics, actions=None)
+    leader, follower_part = sources(seen, "score")
+    log_prob = task.follower.log_prob(problem.theta, data.states, data.actions, data.next_states)
+    values = seen.value_weights[data.episode, data.next_states[:, 0].long()]
+    torch.testing.assert_close((leader - data.rewards) / log_prob, data.rewards + task.discount * values)
+    reward = task.follower.reward(problem.theta, data.states, data.actions, data.rewards, data.next_states)
+    target = reward + task.follower.discount * data.next_states[:, 0]
+    torch.testing.assert_close((follower_part - reward) / log_prob, target)
 
 
 def test_options_that_do_not_fit() -> None:

@@ -69,8 +69,14 @@ def test_unconverged_searches_say_so() -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"transition": TRANSITION[:3]}, "transition must be"),
         ({"transition": 2 * TRANSITION}, "sum to 1"),
+        ({"transition": math.nan * TRANSITION}, "sum to 1"),
+        ({"temperature": math.inf}, "temperature must be positive"),
+        ({"reward": REWARD * math.nan}, "15 of 15 rewards are not finite"),
+        ({"sweeps": -1}, "must be >= 0"),
+        ({"max_steps": -1}, "must be >= 0"),
+        ({"value": REWARD[:1, 0]}, r"value must be \[5\]"),
     ],
-    ids=["discount", "temperature", "shape", "rows"],
+    ids=["discount", "temperature", "shape", "rows", "nan-rows", "hot", "nan", "sweeps", "max-steps", "value"],
 )
 def test_followers_that_do_not_fit(changed: dict[str, object], message: str) -> None:
     arguments = {"reward": REWARD, "transition": TRANSITION, **SETTING} | changed
@@ -93,6 +99,10 @@ def test_q_learning_finds_the_soft_optimum() -> None:
     assert torch.equal(unseen.q, best.q)
     with pytest.raises(ValueError, match="states must lie"):
         soft_q_learning(s + 9, a, REWARD.flatten(), after.flatten(), ended[:15], shape=(5, 3), **SETTING)
+    with pytest.raises(ValueError, match="rewards are not finite"):
+        soft_q_learning(s, a, math.nan * data[2][:15], after.flatten(), ended[:15], shape=(5, 3), **SETTING)
+    with pytest.raises(ValueError, match="passes must be"):
+        soft_q_learning(*data, ended, shape=(5, 3), **SETTING, passes=0)
 
 
 def test_counts_and_their_kernel() -> None:
@@ -125,6 +135,10 @@ def test_tilted_rows_agree_with_the_soft_values() -> None:
     assert torch.allclose(exact, TRANSITION, atol=1e-10)
     with pytest.raises(ValueError, match="must be"):
         tilted_transition(rough, best.policy[:3], best.value, REWARD, temperature=0.5, discount=0.9)
+    with pytest.raises(ValueError, match="soft_value must be"):
+        tilted_transition(rough, best.policy, best.value[:3], REWARD, temperature=0.5, discount=0.9)
+    with pytest.raises(ValueError, match="discount must lie"):
+        tilted_transition(rough, best.policy, best.value, REWARD, temperature=0.5, discount=0.0)
 
 
 def test_learned_kernel_in_four_rooms() -> None:
@@ -146,6 +160,8 @@ def test_natural_step() -> None:
         natural_softmax_step(logits, grad, 0.0)
     with pytest.raises(ValueError, match="must be"):
         natural_softmax_step(logits, grad[:3], 0.1)
+    with pytest.raises(ValueError, match="must be finite"):
+        natural_softmax_step(logits, math.nan * grad, 0.1)
 
 
 def test_annealing() -> None:
@@ -174,6 +190,8 @@ def test_restarts_continue_the_best() -> None:
     assert spent == [25, 25, 25, 28]
     with pytest.raises(ValueError, match="cannot be shared"):
         best_of_restarts(ascend, starts, 3)
+    with pytest.raises(ValueError, match=r"starts \[0, 2\] is not a number"):
+        best_of_restarts(lambda theta, n: (theta, math.nan if theta["x"] < 0 else 1.0), starts, 103)
 
 
 @pytest.mark.slow

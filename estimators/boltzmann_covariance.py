@@ -86,6 +86,8 @@ def boltzmann_covariance_gradient(
     `bellman_operator` does.
     """
     check_temperature(temperature)
+    if task.leader_actions:
+        raise ValueError(f"the task declares leader_actions = {task.leader_actions}; use stackelberg_gradient")
     options = critics if critics is not None else CriticOptions()
     if options.kind == "state" and source == "score":
         raise ValueError('kind="state" needs the derivative of s\' at actions not taken: use source="pathwise"')

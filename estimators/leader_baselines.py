@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sim2real.estimators.boltzmann_tables import leaves_of, pull
 from sim2real.estimators.leader_critic import Operator, bellman_operator, leader_nodes, solve, worth
-from sim2real.estimators.leader_view import CriticOptions, Seen, look, outer_weights, sources
+from sim2real.estimators.leader_view import CriticOptions, Seen, check_choice, look, outer_weights, sources
 from sim2real.estimators.neural_features import returns_to_go
 from sim2real.estimators.soft_value import check_temperature
 from sim2real.estimators.transitions import Transitions, transitions
@@ -84,6 +84,7 @@ def hpgd_gradient(
 
     Other arguments and errors as in `boltzmann_covariance_gradient`.
     """
+    check_choice("values", values, "monte_carlo", "td")
     batch = transitions(data)
     fitted = batch if value_data is None else transitions(value_data)
     options: _Options = {"temperature": temperature, "critics": critics, "actions": actions}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 import torch
@@ -102,6 +103,10 @@ def look(
     nu = {key: value.detach().double() if value.is_floating_point() else value for key, value in nu.items()}
     check_discounts(task.discount, task.follower.discount)
     options = critics if critics is not None else CriticOptions()
+    _check_options(options)
+    soft_value = _one_each(soft_value, "soft_value")
+    if options.leader_value is not None:
+        options = replace(options, leader_value=_one_each(options.leader_value, "leader_value"))
     rows = options.row_weights.double() if options.row_weights is not None else torch.ones_like(data.rewards)
     if rows.shape != data.rewards.shape:
         raise ValueError(f"row_weights must be [{len(data.rewards)}], one per transition, got {tuple(rows.shape)}")
@@ -109,6 +114,32 @@ def look(
     operator = value_operator(data, alive, rows, task.discount, options)
     values = solve(operator, data.rewards)
     return Seen(task, policy, theta, nu, data, soft_value, options, actions, following, alive, rows, operator, values)
+
+
+def _check_options(options: CriticOptions) -> None:
+    check_choice("kind", options.kind, "action", "state")
+    check_choice("guiding", options.guiding, "summed", "taken")
+    check_choice("centring", options.centring, "double", "single")
+    if not 0 <= options.ridge < inf:
+        raise ValueError(f"ridge must be >= 0 and finite, got {options.ridge}")
+
+
+def check_choice(name: str, given: str, *known: str) -> None:
+    """Raise `ValueError` unless `given` is one of `known`."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {known}, got {given!r}")
+
+
+def _one_each(value: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """`value`, refused where it gives `[N, 1]`, which would broadcast."""
+
+    def checked(states: Tensor) -> Tensor:
+        found = value(states)
+        if found.shape != states.shape[:1]:
+            raise ValueError(f"{name} gave {tuple(found.shape)}; expected [N] = {tuple(states.shape[:1])}")
+        return found
+
+    return checked
 
 
 def value_operator(data: Transitions, alive: Tensor, rows: Tensor, discount: float, options: CriticOptions) -> Operator:
@@ -163,6 +194,7 @@ def _leader_value(seen: Seen, states: Tensor) -> Tensor:
 
 def sources(seen: Seen, source: Literal["pathwise", "score"]) -> tuple[Tensor, Tensor]:
     """x_L and x_F `[N]`, whose derivatives in theta are the sources of the leader's and of the follower's gradient."""
+    check_choice("source", source, "pathwise", "score")
     return _pathwise(seen) if source == "pathwise" else _score(seen)
 
 

@@ -252,10 +252,10 @@ def test_options_that_do_not_fit() -> None:
     policy = boltzmann_policy(lambda nu, s: nu["q"][s[:, 0].long()], 1.0)
 
     def run(critics: CriticOptions, **options: object) -> None:
+        arguments = {"task": world(problem), "soft_value": lambda s: s[:, 0], "source": "score"} | options
         boltzmann_covariance_gradient(
-            world(problem), policy, problem.theta, {"q": log_pi}, data, temperature=1.0,
-            soft_value=lambda s: s[:, 0], critics=critics, actions=torch.arange(3.0, dtype=torch.float64).unsqueeze(-1),
-            **{"source": "score"} | options,
+            policy=policy, theta=problem.theta, nu={"q": log_pi}, data=data, temperature=1.0,
+            critics=critics, actions=torch.arange(3.0, dtype=torch.float64).unsqueeze(-1), **arguments,
         )  # fmt: skip
 
     good = CriticOptions(lambda s, a: one_hot(15)(3 * s + a), one_hot(5), row_weights=rows)
@@ -269,3 +269,14 @@ def test_options_that_do_not_fit() -> None:
         run(replace(good, folds=9))
     with pytest.raises(ValueError, match="shares of shape"):
         run(good, start=lambda theta: (torch.zeros(2, 1, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    for wrong in ({"kind": "states"}, {"guiding": "sum"}, {"centring": "none"}, {"ridge": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            run(replace(good, **wrong))
+    with pytest.raises(ValueError, match="source must be one of"):
+        run(good, source="scores")
+    with pytest.raises(ValueError, match=r"leader_value gave \(75, 1\)"):
+        run(replace(good, leader_value=lambda s: s))
+    with pytest.raises(ValueError, match=r"soft_value gave \(75, 1\)"):
+        run(good, soft_value=lambda s: s)
+    with pytest.raises(ValueError, match="use stackelberg_gradient"):
+        run(good, task=replace(world(problem), leader_actions=1))

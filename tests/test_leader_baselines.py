@@ -90,6 +90,8 @@ def test_hpgd_by_temporal_differences_and_from_other_transitions() -> None:
     oracle = hpgd_gradient(*task, data, **inputs(problem), value_data=data).grad["x"]
     assert float(torch.nn.functional.cosine_similarity(td, expected, dim=0)) > 0.95
     assert relative(oracle, expected) < 1e-9  # the same transitions handed in twice
+    with pytest.raises(ValueError, match="values must be one of"):
+        hpgd_gradient(*task, data, **inputs(problem), values="returns")
 
 
 def test_naive_is_the_direct_part() -> None:

@@ -32,7 +32,7 @@ from sim2real.simulators.warp_algebra import Vector, parts
 from sim2real.simulators.warp_dual import adjoints, tangents
 from sim2real.simulators.warp_functions import Program, Tensors, Wanted, evaluate
 from sim2real.simulators.warp_graph import Node, as_node, constant, less, select
-from sim2real.simulators.warp_native import Rows, Store, read, scalar_type, tile_function, warp_function
+from sim2real.simulators.warp_native import Rows, Store, launch_array, read, tile_function, warp_function
 from sim2real.simulators.warp_policy import (
     Network,
     PolicyFunctions,
@@ -364,4 +364,4 @@ def _describe(array: Tensor, copies: int, batch: int) -> Any:
     """The array with every copy and environment; what they share is repeated with stride 0."""
     rows = batch if array.shape[-2] == 1 else array.shape[-2]
     array = array.expand(copies, *array.shape[1:-2], rows, array.shape[-1])
-    return wp.from_torch(array, dtype=scalar_type(array.dtype), requires_grad=False, return_ctype=True)
+    return launch_array(array)

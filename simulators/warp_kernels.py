@@ -21,7 +21,7 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from sim2real.simulators.warp_native import scalar_type, warp_function
+from sim2real.simulators.warp_native import launch_array, warp_function
 
 TILE = 128
 """environments that a CPU thread takes through time together"""
@@ -53,8 +53,8 @@ def launch(kernel: Any, arrays: Sequence[Tensor], *, copies: int, batch: int, st
     views = [array if len(array) == copies else array.expand(copies, *array.shape[1:]) for array in arrays]
     if copies > batch:  # the longer axis is the one that is tiled
         views, copies, batch = [view.transpose(0, -2) for view in views], batch, copies
-    scalar, device = scalar_type(arrays[0].dtype), arrays[0].device
-    described = [wp.from_torch(view, dtype=scalar, requires_grad=False, return_ctype=True) for view in views]
+    device = arrays[0].device
+    described = [launch_array(view) for view in views]
     if device.type == "cuda":
         stream = wp.stream_from_torch(torch.cuda.current_stream(device))
         inputs = [0, batch, 1, steps, *described]

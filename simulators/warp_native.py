@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import warp as wp
+from torch import Tensor
 
 from sim2real.simulators.warp_graph import Node, is_constant, variable
 from sim2real.simulators.warp_source import CTYPES, LANES, prelude, statements
@@ -29,6 +30,7 @@ from sim2real.simulators.warp_source import CTYPES, LANES, prelude, statements
 for _name, _value in (("quiet", True), ("log_level", getattr(wp, "LOG_WARNING", 30))):
     setattr(wp.config, _name, _value)
 
+_FARTHEST = 2**31 - 1
 Signature = tuple[tuple[str, int | None], ...]  # names and lengths of arguments, None for a scalar
 
 
@@ -37,6 +39,18 @@ def scalar_type(precision: torch.dtype) -> Any:
     if precision not in CTYPES:
         raise ValueError(f"precision must be torch.float32 or torch.float64, got {precision}")
     return wp.float32 if precision == torch.float32 else wp.float64
+
+
+def launch_array(array: Tensor) -> Any:
+    """A tensor as an argument of a launch, a view; raises `ValueError` where its strides are beyond Warp's 32 bits."""
+    strides = zip(array.shape, array.stride(), strict=True)
+    farthest = max((stride for length, stride in strides if length > 1), default=0) * array.element_size()
+    if farthest > _FARTHEST:
+        raise ValueError(
+            f"an array {list(array.shape)} has parts {farthest} bytes apart, Warp reaches {_FARTHEST}; "
+            "take fewer environments or steps at once, or give vmap a chunk_size"
+        )
+    return wp.from_torch(array, dtype=scalar_type(array.dtype), requires_grad=False, return_ctype=True)
 
 
 def vector_type(length: int | None, precision: torch.dtype) -> Any:

@@ -22,6 +22,7 @@ from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.warp_cartpole import warp_cartpole
 from sim2real.simulators.warp_functions import DerivativeOrderError
 from sim2real.simulators.warp_model import warp_model, warp_twin
+from sim2real.simulators.warp_native import launch_array
 
 DT = 0.1
 BOX = Box(low={"mass": 0.1}, high={"mass": 9.0}, default={"mass": 2.0, "spring": 1.5, "friction": 0.3})
@@ -358,3 +359,9 @@ def test_numbers_from_outside_are_those_of_when_the_model_is_made(monkeypatch: p
     for precision in (torch.float64, torch.float32):
         assert [moved(mdp, precision) for mdp in old] == [2.0, 2.0]
         assert [moved(mdp, precision) for mdp in new] == [12.0, 60.0]
+
+
+def test_arrays_beyond_the_strides_of_warp_are_refused() -> None:
+    # Warp holds strides in 32 bits: the second copy of an array of 4 GiB would be read from elsewhere
+    with pytest.raises(ValueError, match="4294967296 bytes apart, Warp reaches 2147483647; take fewer environments"):
+        launch_array(torch.empty(2, 1, 1 << 29, 1, dtype=torch.float64, device="meta"))

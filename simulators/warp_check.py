@@ -84,11 +84,14 @@ def check_kernel(
     A rollout is compared with single steps (of the model itself, without a twin). tolerance: relative, by default
     1e-10 against a twin in float64, 1e-4 in float32, 1e-6 against differences, which need float64.
 
-    Raises `ValueError` for names or precisions that do not fit, `KernelMismatchError` under strict if the check fails.
+    Raises `ValueError` for names, sizes or precisions that do not fit, `KernelMismatchError` under strict if the check
+    fails.
     """
     kind: Literal["twin", "differences"] = "differences" if twin is None else "twin"
     if (kind, precision) not in _TOLERANCES:
         raise ValueError(f"comparing with {kind} needs float64{' or float32' if twin else ''}, got {precision}")
+    if batch < 1 or horizon < 1:
+        raise ValueError(f"a check needs at least one environment and one step, got {batch=}, {horizon=}")
     allowed = _TOLERANCES[kind, precision] if tolerance is None else tolerance
     _check_names(model, twin)
     keys = tuple(theta) if theta is not None else tuple(model.box.default)

@@ -163,3 +163,5 @@ def test_what_does_not_fit_is_refused() -> None:
         check_kernel(TWIN, cartpole())
     with pytest.raises(ValueError, match="the model does not name its state"):
         check_kernel(replace(TWIN, names={}))
+    with pytest.raises(ValueError, match="at least one environment and one step, got batch=8, horizon=0"):
+        check_kernel(TWIN, horizon=0)

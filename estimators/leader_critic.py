@@ -103,7 +103,7 @@ def folds_of(data: Transitions, folds: int) -> Tensor:
 
 
 def inverse_noise_weights(states: Tensor, *, floor: float = 0.01, power: float = 1.0) -> Tensor:
-    """`(floor + |s|^2)^-power` `[N]`, for states whose noise in the value grows like |s| (a regulator's).
+    """`(floor + |s|^2)^-power` `[N]`, for states whose noise in the value grows like `|s|` (a regulator's).
 
     `floor` in squared units of the state: about the square of its size at rest.
     """

@@ -49,7 +49,7 @@ class ThermalBuilding:
     follower_discount: float = 0.9
     energy: float = 0.5
     configuration: float = 0.1
-    """weight of |alpha|^2 and of |eta|^2"""
+    """weight of `|alpha|^2` and of `|eta|^2`"""
 
 
 def four_zones() -> ThermalBuilding:

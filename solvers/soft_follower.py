@@ -47,7 +47,7 @@ def soft_value_iteration(
 ) -> SoftFollower:
     """The soft optimum of `reward [S, A]`, `transition [S, A, S]`, from `value [S]` (None: 0).
 
-    `sweeps` None: Newton steps until the Bellman residual is below `tol` times max |V| (at least 1); an integer: that
+    `sweeps` None: Newton steps until the Bellman residual is below `tol` times `max |V|` (at least 1); an integer: that
     many plain Bellman sweeps before the one that gives q, value and policy, a follower that may stop short. The
     report's residual is in those units. Not differentiable: the leader's gradient needs no derivative of the search.
     Raises `ValueError` for shapes that do not fit, rewards that are not finite, rows of `transition` that sum to more
@@ -103,7 +103,7 @@ def soft_q_learning(
 
     `passes` sweeps over the data, in the order given, from `q [S, A]` (None: 0); the step size of a pair is
     1 / (visits of it so far)^0.7. The report's residual is the largest mean temporal difference of a pair seen,
-    relative to max |V| (at least 1); `converged` says whether it is below 1e-2. Pairs never seen stay as they are.
+    relative to `max |V|` (at least 1); `converged` says whether it is below 1e-2. Pairs never seen stay as they are.
     Raises `ValueError` for indices outside `shape`, rewards that are not finite, no pass, a discount outside [0, 1) or
     a temperature that is not positive and finite.
     """

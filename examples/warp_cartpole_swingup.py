@@ -146,8 +146,8 @@ def draw(returns: list[float], run: Rollout) -> Figure:
 
 def animate(states: Tensor, file: str) -> None:
     """One episode, `[T+1, 5]`."""
-    frames, length = range(0, len(states), 3), BOX.default["length"]
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    frames, length = range(0, len(states), 4), BOX.default["length"]
+    figure, axes = plt.subplots(figsize=(5, 3.2))
     axes.set(xlim=(-2.2, 2.2), ylim=(-1.2, 1.2), aspect="equal", xlabel="position [m]")
     axes.axhline(0.0, color="0.8", zorder=0)
     (cart,) = axes.plot([], [], "s", color="C0", markersize=14)
@@ -159,7 +159,7 @@ def animate(states: Tensor, file: str) -> None:
         pole.set_data([x, x + length * sine], [0.0, length * cosine])
         axes.set_title(f"{frame * DT:.1f} s")
 
-    FuncAnimation(figure, show, frames).save(file, PillowWriter(fps=round(1 / (3 * DT))), dpi=70)
+    FuncAnimation(figure, show, frames).save(file, PillowWriter(fps=round(1 / (4 * DT))), dpi=70)
 
 
 def main(settings: Settings, seed: int, device: str, gif: str | None) -> Figure:

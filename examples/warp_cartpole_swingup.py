@@ -188,7 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", help="write the figure to this file")
     parser.add_argument("--gif", help="write the animation to this file")
     arguments = parser.parse_args()
-    tiny: dict[str, Any] = {"iterations": 3, "episodes": 4, "steps": (10, 30), "hidden": 4, "judged": 8}
+    tiny: dict[str, Any] = {"iterations": 3, "episodes": 4, "steps": (4, 8), "hidden": 4, "judged": 8}
     drawn_figure = main(Settings(**(tiny if arguments.quick else {})), arguments.seed, arguments.device, arguments.gif)
     if arguments.plot:
         drawn_figure.savefig(arguments.plot, dpi=120)

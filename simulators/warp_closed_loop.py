@@ -14,11 +14,10 @@ weights is summed along each tile of environments, tiles in order: the same for 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from sim2real.simulators.warp_algebra import Vector, parts
 from sim2real.simulators.warp_dual import adjoints, tangents
 from sim2real.simulators.warp_functions import Program, Tensors, Wanted, evaluate
 from sim2real.simulators.warp_graph import Node, as_node, constant, less, select
+from sim2real.simulators.warp_kernels import in_slices
 from sim2real.simulators.warp_native import Rows, Store, launch_array, read, tile_function, warp_function
 from sim2real.simulators.warp_policy import (
     Network,
@@ -349,15 +349,7 @@ def _launch(kernel: Any, wanted: int, std: float, arrays: Sequence[Tensor], like
         wp.launch(kernel, dim=last - first, inputs=[first, *numbers, *described], device="cpu")
 
     threads = max(1, min(torch.get_num_threads(), C * tiles, C * B * T // THREADED))
-    if threads > 1:
-        kernel.module.load(wp.get_device("cpu"))  # before threads could race to compile it
-    cuts = [C * tiles * k // threads for k in range(threads + 1)]
-    helpers = [threading.Thread(target=run, args=cut) for cut in pairwise(cuts[1:])]
-    for helper in helpers:
-        helper.start()
-    run(cuts[0], cuts[1])
-    for helper in helpers:
-        helper.join()
+    in_slices(kernel, run, C * tiles, threads)
 
 
 def _describe(array: Tensor, copies: int, batch: int) -> Any:

@@ -12,8 +12,9 @@ into slices of environments, one per torch thread.
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -66,13 +67,22 @@ def launch(kernel: Any, arrays: Sequence[Tensor], *, copies: int, batch: int, st
         wp.launch(kernel, dim=(copies, tiles), inputs=[first, last, TILE, steps, *described], device="cpu")
 
     threads = max(1, min(torch.get_num_threads(), batch // TILE, copies * batch * steps // THREADED))
+    tiles = -(-batch // TILE)
+    in_slices(kernel, lambda first, last: run(first * TILE, min(batch, last * TILE)), tiles, threads)
+
+
+def in_slices(kernel: Any, run: Callable[[int, int], None], count: int, threads: int) -> None:
+    """`run(first, last)` over slices of `count` items, one for each thread."""
     if threads > 1:
         kernel.module.load(wp.get_device("cpu"), 1)  # as a launch does, before threads could compile it twice
-    tiles = -(-batch // TILE)
-    cuts = [min(batch, TILE * (tiles * k // threads)) for k in range(threads + 1)]
-    helpers = [threading.Thread(target=run, args=cut) for cut in itertools.pairwise(cuts[1:])]
-    for helper in helpers:
-        helper.start()
-    run(cuts[0], cuts[1])
-    for helper in helpers:
-        helper.join()
+    mine, *slices = itertools.pairwise([count * k // threads for k in range(threads + 1)])
+    others = [_pool(os.getpid(), threads).submit(run, *cut) for cut in slices]
+    run(*mine)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for slices; a forked process gets its own."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="warp-slice")

@@ -17,7 +17,7 @@ import torch
 from problems import seeded
 from synthetic_logs import simulated_log, smooth_inputs
 
-from sim2real import ModelMDP, default_params
+from sim2real import ModelMDP, Params, default_params
 from sim2real.cli import main
 from sim2real.conf.compose import UsageError, resolve_function
 from sim2real.conf.models import MODELS
@@ -65,7 +65,29 @@ def test_derivatives_match_the_torch_twin_in_single_precision(name: str) -> None
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", [row[0] for row in LIBRARY])
 def test_derivatives_of_all_variants_match_the_torch_twin(name: str, precision: torch.dtype) -> None:
-    agree(*pair(name, {}), precision)
+    kernel, twin = pair(name, {})
+    if precision == torch.float64:
+        agree(kernel, twin, precision)
+        return
+    # Against the twin in float64: in float32 the torch twins are themselves off by up to 6e-4 here, the kernels by 5e-4
+    # (steep friction of the double pendulum) and else by less than 1e-5.
+    theta, state, _, _ = points(twin, 4, seeded(2))
+    tolerance = 1e-3 if name.startswith("double_pendulum") else 1e-4
+    options = {"theta": theta, "state": state, "precision": precision, "tolerance": tolerance}
+    check_kernel(kernel, in_double(twin), strict=True, seed=7, **options)
+
+
+def in_double(twin: ModelMDP) -> ModelMDP:
+    """The model computed in float64 whatever the precision of what it is given."""
+
+    def widened(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(theta: Params, state: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            wide = {key: value.double() for key, value in theta.items()}
+            return function(wide, state.double(), *(x.double() for x in rest)).to(state.dtype)
+
+        return run
+
+    return replace(twin, step=widened(twin.step), reward=widened(twin.reward), open_loop=None)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in LIBRARY])

@@ -143,12 +143,14 @@ def _one_each(value: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor]
 
 
 def value_operator(data: Transitions, alive: Tensor, rows: Tensor, discount: float, options: CriticOptions) -> Operator:
+    """The Bellman operator of a state value in `options.value_features` at weighted rows; `alive [N]` is 0 at an end."""
     phi = options.value_features
     here, ahead = phi(data.states), phi(data.next_states) * alive.unsqueeze(-1)
     return bellman_operator(here, ahead, rows, discount, folds_of(data, options.folds), ridge=options.ridge)
 
 
 def mean_features(features: StateFeatures, states: Tensor, shares: Tensor) -> Tensor:
+    """Mean `[k]` of the features of M states with probabilities `shares [M]`. Raises `ValueError` for other shapes."""
     if shares.shape != states.shape[:1]:
         raise ValueError(
             f"start gave {len(states)} states and shares of shape {tuple(shares.shape)}; expected [M] each"
@@ -208,6 +210,7 @@ def _pathwise(seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 def follower_source(seen: Seen, states: Tensor, actions: Tensor, following: Tensor, alive: Tensor) -> Tensor:
+    """`r_F + gamma_F alive V_F(s')` `[N]` as a function of theta, with the follower's soft value held."""
     world, after = seen.task.follower, _moved(seen, states, actions, following)
     reward = world.reward(seen.theta, states, actions, _no_noise(seen, states), after)
     return reward + world.discount * alive * seen.soft_value(after)

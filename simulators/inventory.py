@@ -160,10 +160,12 @@ def store_cost(theta: Params, net: Tensor) -> Tensor:
 
 
 def pipeline_names(stock: str, width: int) -> tuple[str, ...]:
+    """Names of a pipeline's columns: on hand, then what arrives in 1, 2, ... periods."""
     return (f"{stock}_on_hand", *(f"{stock}_in_{k}" for k in range(1, width)))
 
 
 def check_lead_times(lead_times: Sequence[int], lowest: int = 1) -> None:
+    """Raises `ValueError` unless all are whole numbers of periods, `lowest` or more."""
     if not lead_times or any(not isinstance(each, int) or each < lowest for each in lead_times):
         raise ValueError(f"lead times must be whole numbers of periods, at least {lowest}; got {list(lead_times)}")
 

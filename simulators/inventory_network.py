@@ -64,6 +64,7 @@ class Layout:
 
 
 def layout_of(routes: Routes) -> Layout:
+    """Pipelines as wide as the longest lead time into a store, and into a warehouse."""
     width = max(max(row) for row in routes.lead_times)
     return Layout(len(routes.lead_times[0]), width, len(routes.supplier_lead_times), max(routes.supplier_lead_times))
 

@@ -25,11 +25,15 @@ class Vector:
 
 @dataclass(frozen=True)
 class Matrix:
+    """A matrix of a kernel, row by row."""
+
     rows: tuple[tuple[Real, ...], ...]
 
 
 @dataclass(frozen=True)
 class Quaternion:
+    """A quaternion of a kernel; w is the real part, as in Warp."""
+
     items: tuple[Real, ...]  # x, y, z, w
 
 

@@ -143,7 +143,7 @@ def _one_each(value: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor]
 
 
 def value_operator(data: Transitions, alive: Tensor, rows: Tensor, discount: float, options: CriticOptions) -> Operator:
-    """The Bellman operator of a state value in `options.value_features` at weighted rows; `alive [N]` is 0 at an end."""
+    """The Bellman operator of a state value in `options.value_features`; `alive [N]` is 0 at an end."""
     phi = options.value_features
     here, ahead = phi(data.states), phi(data.next_states) * alive.unsqueeze(-1)
     return bellman_operator(here, ahead, rows, discount, folds_of(data, options.folds), ridge=options.ridge)

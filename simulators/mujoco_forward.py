@@ -1,0 +1,212 @@
+"""MuJoCo's acceleration of many environments at once, in C on a pool of threads.
+
+    value: (q, v, act, ctrl, force, fields) -> w, a, residual
+
+a is the solver's acceleration, w the one that advances velocity (v' = v + h w): a itself in the explicit schemes, else
+w = (v' - v) / h of the engine's own implicit step. The residual
+
+    |M a - smooth forces - constraint forces|_max / max(|M a|, |smooth|, |constraint|)_max
+
+says how well the solver converged, per environment; it comes from what the engine leaves and costs no solve.
+
+The engine keeps the inertia of a body as principal moments in a turned frame; the field `body_inertia [nbody, 6]`
+here is the matrix (xx, yy, zz, xy, xz, yz) in the body's axes, which is smooth, and is diagonalised on the way in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mujoco
+import numpy as np
+import torch
+from mujoco.batch import Batch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Kind = Literal["explicit", "eulerdamp", "implicitfast", "implicit"]
+Array = NDArray[np.float64]
+Accelerate = Callable[
+    [tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]
+]
+"""(q `[C, nq]`, v, act, ctrl, force), fields `[C or 1, ...]` -> w `[C, nv]`, a `[C, nv]`, residual `[C]`"""
+
+_KEPT = 4  # pools of different sizes kept alive: a rollout and its derivatives use two or three
+_ENGINE_NAME = {"gravity": "opt.gravity"}
+_FOLLOWING = {"body_inertia": "body_iquat", "body_mass": "body_subtreemass"}  # written along with a field
+
+
+class SimulationDivergedError(ArithmeticError):
+    """The engine's acceleration of some environments is not finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    """Buffers of one batch of the engine."""
+
+    batch: Any
+    inputs: tuple[Array, ...]
+    fields: dict[str, Array]
+    written: dict[str, Array]
+    """what the fields hold, in the shapes they were given in: nothing is written twice"""
+    qvel: Array
+    outputs: tuple[Array, ...]
+    """qacc, qfrc_smooth, qfrc_constraint, M"""
+
+
+def integration(model: Any) -> tuple[Literal["euler", "rk4"], Kind]:
+    """Scheme and kind of acceleration of a model's integrator; raises `ValueError` for one without derivatives."""
+    names = mujoco.mjtIntegrator
+    chosen = names(int(model.opt.integrator))
+    if chosen == names.mjINT_RK4:
+        return "rk4", "explicit"
+    if chosen == names.mjINT_EULER:
+        off = int(mujoco.mjtDisableBit.mjDSBL_EULERDAMP) | int(mujoco.mjtDisableBit.mjDSBL_DAMPER)
+        return "euler", "explicit" if model.opt.disableflags & off else "eulerdamp"
+    if chosen == names.mjINT_IMPLICITFAST:
+        return "euler", "implicitfast"
+    if chosen == names.mjINT_IMPLICIT:
+        return "euler", "implicit"
+    raise ValueError(f"integrator {chosen.name} has no derivatives here; use Euler, implicitfast, implicit or RK4")
+
+
+def accelerate(model: Any, names: tuple[str, ...], kind: Kind, *, threads: int = 1) -> Accelerate:
+    """The function from states, controls and the fields `names` to accelerations of a prepared model.
+
+    `threads`: 0 uses all processors. Raises `SimulationDivergedError` where a state or an acceleration is not finite.
+    """
+    pools: dict[int, _Pool] = {}
+    lock = threading.Lock()
+    table = _tables(model)
+
+    def value(
+        state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], fields: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        arrays = [x.numpy() for x in state]
+        given = {name: fields[name].numpy() for name in names}
+        count = max(len(x) for x in (*arrays, *given.values()))
+        with lock:  # a batch of the engine belongs to one call at a time
+            pool = pools.pop(count, None) or _pool(model, names, count, threads)
+            pools[count] = pool  # last used, last in order
+            if len(pools) > _KEPT:
+                pools.pop(next(iter(pools)))
+            for target, source in zip(pool.inputs, arrays, strict=True):
+                target[:] = source
+            for name, array in given.items():
+                _write(pool, table, name, array)
+            if kind == "explicit":
+                pool.batch.forward()
+            else:
+                pool.batch.step()
+            a, smooth, constraint, mass = pool.outputs
+            w = a.copy() if kind == "explicit" else (pool.qvel - arrays[1]) / model.opt.timestep
+            residual = _residual(table, mass, a, smooth + constraint, np.maximum(abs(smooth), abs(constraint)))
+            found = torch.from_numpy(w), torch.from_numpy(a.copy()), torch.from_numpy(residual)
+        _check_finite(found[0], found[2])
+        return found
+
+    return value
+
+
+def _pool(model: Any, names: tuple[str, ...], count: int, threads: int) -> _Pool:
+    batch = Batch(model, count, threads)
+    inputs = tuple(batch.bind(name) for name in ("qpos", "qvel", "act", "ctrl", "qfrc_applied"))
+    fields = {}
+    for name in names:
+        fields[name] = batch.expand(_ENGINE_NAME.get(name, name))
+        if name in _FOLLOWING:
+            fields[_FOLLOWING[name]] = batch.expand(_FOLLOWING[name])
+    outputs = tuple(batch.bind(name) for name in ("qacc", "qfrc_smooth", "qfrc_constraint", "M"))
+    return _Pool(batch, inputs, fields, {}, inputs[1], outputs)
+
+
+def _write(pool: _Pool, table: _Tables, name: str, value: Array) -> None:
+    held = pool.written.get(name)
+    if held is not None and held.shape == value.shape and np.array_equal(held, value):
+        return
+    pool.written[name] = value.copy()
+    if name == "body_inertia":
+        pool.fields[name][:], pool.fields["body_iquat"][:] = principal_axes(value)
+        return
+    pool.fields[name][:] = value
+    if name == "body_mass":
+        pool.fields["body_subtreemass"][:] = value @ table.descendants.T
+
+
+def principal_axes(inertia: Array) -> tuple[Array, Array]:
+    """Principal moments `[..., 3]` and the quaternion `[..., 4]` of their frame, of (xx, yy, zz, xy, xz, yz)."""
+    xx, yy, zz, xy, xz, yz = np.moveaxis(inertia, -1, 0)
+    matrix = np.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], -1).reshape(*inertia.shape[:-1], 3, 3)
+    moments, frame = np.linalg.eigh(matrix)
+    frame = frame * np.sign(np.linalg.det(frame))[..., None, None]  # right-handed
+    return moments, _quaternion(frame)
+
+
+def _quaternion(frame: Array) -> Array:
+    """Unit quaternions `[..., 4]` of rotations `[..., 3, 3]`: the largest of four equivalent forms."""
+    r = np.moveaxis(frame.reshape(*frame.shape[:-2], 9), -1, 0).reshape(3, 3, *frame.shape[:-2])
+    trace = r[0, 0] + r[1, 1] + r[2, 2]
+    x, y, z = r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]
+    xy, xz, yz = r[0, 1] + r[1, 0], r[0, 2] + r[2, 0], r[1, 2] + r[2, 1]
+    squares = [1 + trace, *(1 - trace + 2 * r[i, i] for i in range(3))]
+    forms = np.stack(
+        [
+            np.stack([squares[0], x, y, z], -1),
+            np.stack([x, squares[1], xy, xz], -1),
+            np.stack([y, xy, squares[2], yz], -1),
+            np.stack([z, xz, yz, squares[3]], -1),
+        ],
+        -2,
+    )
+    best = np.argmax(np.stack(squares, -1), -1)[..., None, None]
+    chosen = np.take_along_axis(forms, np.broadcast_to(best, (*best.shape[:-2], 1, 4)), -2)[..., 0, :]
+    return chosen / np.linalg.norm(chosen, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    entry: NDArray[np.intp]
+    """where the entries of the mass matrix lie in the flat square one"""
+    place: NDArray[np.intp]
+    """and in the engine's packed lower triangle"""
+    descendants: Array
+    """`[nbody, nbody]` 1 where the column's body hangs on the row's, itself included"""
+
+
+def _tables(model: Any) -> _Tables:
+    entry, place = [], []
+    for i in range(model.nv):
+        for k in range(int(model.M_rowadr[i]), int(model.M_rowadr[i] + model.M_rownnz[i])):
+            j = int(model.M_colind[k])
+            entry += [i * model.nv + j] if i == j else [i * model.nv + j, j * model.nv + i]
+            place += [k] if i == j else [k, k]
+    descendants = np.eye(model.nbody)
+    for body in range(model.nbody - 1, 0, -1):
+        descendants[int(model.body_parentid[body])] += descendants[body]
+    return _Tables(np.array(entry, dtype=np.intp), np.array(place, dtype=np.intp), descendants)
+
+
+def _residual(table: _Tables, mass: Array, a: Array, force: Array, size: Array) -> Array:
+    """Largest entry of M a - force over the largest force, per environment."""
+    count, nv = a.shape
+    if not nv:
+        return np.zeros(count)
+    square = np.zeros((count, nv * nv))
+    square[:, table.entry] = mass[:, table.place]
+    inertial = np.matmul(square.reshape(count, nv, nv), a[..., None])[..., 0]
+    scale = np.maximum(size, abs(inertial)).max(-1)
+    return abs(inertial - force).max(-1) / np.where(scale > 0.0, scale, 1.0)
+
+
+def _check_finite(w: Tensor, residual: Tensor) -> None:
+    if bool(torch.isfinite(w).all()) and bool(torch.isfinite(residual).all()):
+        return
+    bad = ~(torch.isfinite(w).all(-1) & torch.isfinite(residual))
+    rows = bad.nonzero().flatten().tolist()
+    raise SimulationDivergedError(
+        f"the acceleration of {len(rows)} of {len(w)} environments is not finite (first rows: {rows[:8]}); "
+        "bound the actions, shorten the time step, or end the episode (terminal) before the state grows"
+    )

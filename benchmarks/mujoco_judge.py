@@ -1,0 +1,211 @@
+"""Library against reference: errors of JVP and VJP of one MuJoCo step, state by state and input by input.
+
+For each input x (tangent position, velocity, activation, control, every physical field) with reference J = dy/dx,
+
+    error of the VJP   |G - J' g| / |J' g|,         G the library's gradient for the random cotangent g,
+    error of the JVP   |T - J t| / |J t|,           T its tangent for the random direction t,
+
+the larger of the two. Denominators are at least `FLOOR` times their root mean square over the states: an input that
+hardly acts in one state is judged on the scale on which it acts in the others. The library's outputs are
+coordinates (qpos+, v+, act+); cotangents of quaternions are pulled to the tangent space, and so are their tangents.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.mujoco_reference import JOINT, Array, Columns, State, World, by_field, by_state, residual, value
+from sim2real.simulators.mujoco_acceleration import acceleration_program
+from sim2real.simulators.mujoco_forward import integration
+from sim2real.simulators.mujoco_integrators import activations, add_tangent, coordinates, engine_step, tangent
+from sim2real.simulators.mujoco_structure import FIELDS, nominal_fields, structure
+from sim2real.simulators.warp_functions import evaluate
+
+FLOOR = 1e-2
+RESIDUAL = 1e-9
+"""relative; states whose solver left more are gated out"""
+KINDS = ("q", "v", "act", "ctrl")
+Entries = dict[str, list[tuple[int, ...]]]
+Step = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Errors of N states; nan where the active set changes within the reference's differences."""
+
+    errors: dict[str, NDArray[np.float64]]
+    """per input `[N]`"""
+    uncertain: dict[str, NDArray[np.float64]]
+    """per input `[N]`, relative uncertainty of the reference itself"""
+    residual: NDArray[np.float64]
+    value: NDArray[np.float64]
+    """`[N]`, largest difference of the step itself"""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def library_step(model: mujoco.MjModel, names: tuple[str, ...], backend: str = "auto") -> Step:
+    """The library's step from (q, v, act, ctrl and the fields `names`) `[B, ...]` to (qpos, v, act)."""
+    tables = structure(model)
+    scheme, kind = integration(tables.model)
+    program = acceleration_program(tables, names, backend=backend, kind=kind)  # type: ignore[arg-type]
+    table, muscles, nominal = coordinates(tables.model), activations(tables.model), nominal_fields(tables)
+
+    def step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        force = torch.zeros_like(inputs["v"])
+        fields = tuple(inputs[name] for name in names)
+
+        def acceleration(q: Tensor, v: Tensor, act: Tensor, ctrl: Tensor) -> Tensor:
+            base, d = tangent(table, q)
+            return evaluate(program, base, d, v, act, ctrl, force, *fields)[0]
+
+        dynprm = inputs.get("actuator_dynprm", nominal["actuator_dynprm"])
+        moved = add_tangent(table, inputs["qpos"], inputs["q"])
+        return engine_step(
+            table, muscles, acceleration, (moved, inputs["v"], inputs["act"]), inputs["ctrl"], dynprm, scheme=scheme
+        )
+
+    return step
+
+
+def batch(model: mujoco.MjModel, states: Sequence[State], names: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of `library_step`: every state and, per state, every field."""
+    rows = lambda part: torch.tensor(np.stack([getattr(s, part) for s in states]), dtype=torch.float64)
+    inputs = {"qpos": rows("qpos"), "v": rows("qvel"), "act": rows("act"), "ctrl": rows("ctrl")}
+    inputs["q"] = torch.zeros(len(states), model.nv, dtype=torch.float64)
+    for name in names:
+        nominal = torch.tensor(value(model, name), dtype=torch.float64)
+        inputs[name] = nominal.expand(len(states), *nominal.shape).contiguous()
+    return inputs
+
+
+def entries(model: mujoco.MjModel, names: Sequence[str], count: int, rng: np.random.Generator) -> Entries:
+    """Up to `count` random entries of every field the model has, without the world's and those that sit on a kink."""
+    found: Entries = {}
+    for name in names:
+        nominal = value(model, name)
+        rows = [index for index in np.ndindex(*nominal.shape) if judged(model, name, index, nominal)]
+        chosen = rng.permutation(len(rows))[:count]
+        if len(chosen):
+            found[name] = [tuple(int(i) for i in rows[k]) for k in sorted(chosen)]
+    return found
+
+
+def judged(model: mujoco.MjModel, name: str, index: tuple[int, ...], nominal: Array) -> bool:
+    """Whether a derivative by this entry exists and acts."""
+    if name.startswith("body_") and index[0] == 0:
+        return False
+    if "solref" in name:  # at two time steps the engine clips it; all zero: not given
+        row = nominal[index[:-1]]
+        return bool(row.any()) and not abs(row[0] - 2 * model.opt.timestep) < 1e-9
+    if "frictionloss" in name or "invweight0" in name:  # without friction there is no row
+        return bool(nominal[index] != 0)
+    return True
+
+
+def fields_of(model: mujoco.MjModel) -> tuple[str, ...]:
+    """Physical fields of which the model has entries."""
+    return tuple(name for name in FIELDS if value(model, name).size)
+
+
+def positions_to_tangent(model: mujoco.MjModel, qpos: Tensor) -> Tensor:
+    """d qpos / d tangent at `qpos [B, nq]`, `[B, nq, nv]`."""
+    table = coordinates(model)
+    out = torch.func.vmap(torch.func.jacfwd(lambda q, u: add_tangent(table, q, u), argnums=1))
+    found: Tensor = out(qpos, torch.zeros(len(qpos), model.nv, dtype=qpos.dtype))
+    return found
+
+
+def unit_quaternions(model: mujoco.MjModel) -> bool:
+    return bool(np.isin(model.jnt_type, (JOINT.mjJNT_FREE.value, JOINT.mjJNT_BALL.value)).any())
+
+
+def judge(
+    w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: str = "auto", jvp: bool = True
+) -> Judged:
+    """Errors of the library's VJP and JVP at every state."""
+    m, names = w.model, tuple(picked)
+    inputs, step = batch(m, states, names), library_step(m, names, backend)
+    generator = torch.Generator().manual_seed(seed)
+    qpos, v, act = (y.detach() for y in step(inputs))
+    value_error = engine_difference(w, states, (qpos, v, act))
+    to_tangent = positions_to_tangent(m, qpos)  # at the new positions
+    back = torch.linalg.pinv(to_tangent)
+    cotangent = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in (qpos, v, act)]
+    g = torch.cat([(to_tangent.mT @ cotangent[0][:, :, None])[:, :, 0], *cotangent[1:]], 1).numpy()
+    wrt = [kind for kind in KINDS if inputs[kind].numel()] + list(names)
+    grads = gradients(step, inputs, wrt, cotangent)
+    reference = [{kind: columns(w, state, kind, picked) for kind in wrt} for state in states]
+    errors, uncertain = {}, {}
+    for kind in wrt:
+        J = np.stack([row[kind].matrix for row in reference])
+        index = picked.get(kind) or [(i,) for i in range(J.shape[2])]
+        expected = np.einsum("boi,bo->bi", J, g)
+        found = np.stack([grads[kind][(slice(None), *i)].numpy() for i in index], 1)
+        errors[kind] = relative(found - expected, expected)
+        if jvp:
+            t = torch.randn(len(states), len(index), generator=generator, dtype=torch.float64)
+            expected = np.einsum("boi,bi->bo", J, t.numpy())
+            pushed = push(step, inputs, kind, index, t)
+            found = torch.cat([(back @ pushed[0][:, :, None])[:, :, 0], *pushed[1:]], 1).numpy()
+            errors[kind] = np.maximum(errors[kind], relative(found - expected, expected))
+        switched = np.array([row[kind].switched.any() for row in reference])
+        errors[kind] = np.where(switched, np.nan, errors[kind])
+        spread = np.stack([row[kind].error for row in reference])
+        uncertain[kind] = relative(spread, np.linalg.norm(J, axis=1))
+    return Judged(errors, uncertain, np.array([residual(w, state) for state in states]), value_error)
+
+
+def engine_difference(w: World, states: Sequence[State], found: tuple[Tensor, Tensor, Tensor]) -> Array:
+    """Largest difference of the library's step from the engine's, per state."""
+    from benchmarks.mujoco_reference import after
+
+    rows = []
+    for i, state in enumerate(states):
+        end = after(w, state)
+        parts = ((end.qpos, found[0]), (end.qvel, found[1]), (end.act, found[2]))
+        rows.append(max(float(np.abs(a - b[i].numpy()).max(initial=0.0)) for a, b in parts))
+    return np.array(rows)
+
+
+def columns(w: World, state: State, kind: str, picked: Entries) -> Columns:
+    return by_state(w, state, kind) if kind in KINDS else by_field(w, state, kind, picked[kind])
+
+
+def gradients(
+    step: Step, inputs: Mapping[str, Tensor], wrt: Sequence[str], cotangent: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """VJP by every input in `wrt`."""
+    leaves = {kind: inputs[kind].clone().requires_grad_() for kind in wrt}
+    outputs = step({**inputs, **leaves})
+    total = sum((y * c).sum() for y, c in zip(outputs, cotangent, strict=True))
+    found = torch.autograd.grad(total, [leaves[kind] for kind in wrt], allow_unused=True)  # type: ignore[arg-type]
+    return {k: torch.zeros_like(leaves[k]) if x is None else x for k, x in zip(wrt, found, strict=True)}
+
+
+def push(
+    step: Step, inputs: Mapping[str, Tensor], kind: str, index: Sequence[tuple[int, ...]], t: Tensor
+) -> tuple[Tensor, ...]:
+    """JVP along entries of one input."""
+    direction = torch.zeros_like(inputs[kind])
+    for k, i in enumerate(index):
+        direction[(slice(None), *i)] = t[:, k]
+    outputs: tuple[Tensor, ...] = torch.func.jvp(lambda x: step({**inputs, kind: x}), (inputs[kind],), (direction,))[1]
+    return outputs
+
+
+def relative(difference: Array, expected: Array) -> Array:
+    """Norms over the last axis, floored as the module says."""
+    size = np.linalg.norm(expected, axis=-1)
+    root = np.sqrt(np.mean(size**2)) if len(size) else 0.0
+    return np.linalg.norm(difference, axis=-1) / np.maximum(size, max(FLOOR * root, 1e-12))

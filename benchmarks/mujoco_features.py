@@ -1,0 +1,96 @@
+"""`j-features`: one small model per feature of the derivative, against differences of a converged MuJoCo.
+
+    ROW              median error over states, the worst of its inputs (position, velocity, activation, control, fields)
+    ROW-max          largest error of all states and inputs
+    ROW-hvp          largest error of products with the Hessian, where the step has second derivatives
+    ROW-order        1 where it has none and says so by `DerivativeOrderError`, 0 otherwise
+    ROW-uncertain    in place of these bars where the reference is limited (noise of the collider): its own median error
+    refused-NAME     1 where construction raises `MujocoUnsupportedError`, 0 otherwise
+    worst-median, worst-max, worst-hvp, all-refused     of all rows that are not limited by the reference
+
+See `mujoco_judge` for what an error is, `mujoco_models` for the rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bars import Figure, main
+from benchmarks.mujoco_judge import RESIDUAL, Judged, entries, fields_of, judge, library_step
+from benchmarks.mujoco_models import Feature, features, refused
+from benchmarks.mujoco_reference import world
+from benchmarks.mujoco_second import judge_second
+from benchmarks.mujoco_tasks import states
+from sim2real.simulators.mujoco_structure import MujocoUnsupportedError
+from sim2real.simulators.warp_functions import DerivativeOrderError
+
+
+def measured(feature: Feature, count: int, second: int, *, backend: str = "auto") -> tuple[Judged, float | None]:
+    """Errors of one feature; the largest of products with the Hessian, None where these are refused."""
+    w = world(mujoco.MjSpec.from_string(feature.xml))
+    drawn = states(w, count, keep=feature.keep, **feature.draw)
+    picked = entries(w.model, fields_of(w.model), 6, np.random.default_rng(1))
+    found = judge(w, drawn, picked, backend=backend)
+    try:
+        hvp = judge_second(w, drawn[:second], picked, backend=backend)
+    except DerivativeOrderError:
+        return found, None
+    good = found.residual[:second] <= RESIDUAL
+    return found, max(float(np.nanmax(e[good], initial=0.0)) for e in hvp.errors.values())
+
+
+def row(name: str, feature: Feature, count: int, second: int) -> Iterator[Figure]:
+    """Figures of one feature."""
+    found, hvp = measured(feature, count, second)
+    good = found.residual <= RESIDUAL
+    median = max(float(np.nanmedian(e[good])) for e in found.errors.values())
+    largest = max(float(np.nanmax(e[good], initial=0.0)) for e in found.errors.values())
+    sure = not feature.noisy
+    yield Figure(name, median, "relative", count, 1e-8 if sure else None)
+    yield Figure(f"{name}-max", largest, "relative", count, 1e-6 if sure else None)
+    if not sure:
+        own = max(float(np.median(u[good])) for u in found.uncertain.values())
+        yield Figure(f"{name}-uncertain", own, "relative", count)
+    if hvp is not None and feature.second:
+        yield Figure(f"{name}-hvp", hvp, "relative", second, 1e-6)
+    else:
+        yield Figure(f"{name}-order", float(hvp is None and not feature.second), "share", 1, 1.0)
+
+
+def features_bar(quick: bool) -> Iterator[Figure]:
+    """`j-features`."""
+    count, second = (6, 3) if quick else (40, 12)
+    worst: dict[str, float] = {}
+    for name, feature in features().items():
+        for figure in row(name, feature, count, second):
+            kind = figure.metric.removeprefix(name) or "-median"
+            if figure.reference is not None and kind != "-order":
+                worst[kind] = max(worst.get(kind, 0.0), figure.value)
+            yield figure
+    raised = []
+    for name, xml in refused().items():
+        raised.append(refuses(xml))
+        yield Figure(f"refused-{name}", float(raised[-1]), "share", 1, 1.0)
+    for kind, value in worst.items():
+        yield Figure(f"worst{kind}", value, "relative", len(features()))
+    yield Figure("all-refused", float(np.mean(raised)), "share", len(raised), 1.0)
+
+
+def refuses(xml: str) -> bool:
+    """Whether the library refuses the model by name."""
+    try:
+        library_step(mujoco.MjSpec.from_string(xml).compile(), ())
+    except MujocoUnsupportedError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main({"j-features": features_bar})

@@ -1,0 +1,108 @@
+"""MuJoCo's acceleration as a program of torch: value in C, derivatives by the implicit function theorem.
+
+    inputs   base [C, nq], d, v [C, nv], act [C, na], ctrl [C, nu], force [C, nv], and the fields that theta reaches
+    outputs  w [C, nv], by which velocity advances, and a [C, nv], the solver's own
+
+base is the position without derivatives, d the tangent displacement there, of value 0. The products come from Warp
+kernels where these cover the model, and from torch for the environments in which the kernels do not see what MuJoCo
+saw. Nothing is remembered between value and derivative: both start from x and y.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sim2real.simulators.mujoco_forward import Kind, accelerate
+from sim2real.simulators.mujoco_products import STATE, KernelProducts, Products, torch_products
+from sim2real.simulators.mujoco_structure import Structure, nominal_fields
+from sim2real.simulators.warp_functions import Program, Tensors, Wanted
+from sim2real.solve_report import UnconvergedError, UnconvergedWarning
+
+Backend = Literal["auto", "warp", "torch"]
+
+
+def acceleration_program(
+    structure: Structure,
+    names: tuple[str, ...],
+    kind: Kind,
+    *,
+    backend: Backend = "auto",
+    threads: int = 1,
+    tolerance: float = 1e-9,
+    strict: bool = False,
+) -> Program:
+    """The program of a model's acceleration, differentiable in state, control, force and the fields `names`.
+
+    An environment whose solver leaves a residual above `tolerance` (of its largest force) warns `UnconvergedWarning`,
+    under `strict` raises `UnconvergedError`. "warp" raises `MujocoUnsupportedError` for a model without kernels.
+    """
+    engine = accelerate(structure.model, names, kind, threads=threads)
+    products = _products(structure, names, kind, backend)
+
+    def value(x: Tensors) -> Tensors:
+        base, _, *state = x[: len(STATE)]
+        w, a, residual = engine((base, *state), dict(zip(names, x[len(STATE) :], strict=True)))
+        _report(residual, tolerance, strict)
+        return w, a
+
+    return Program(value, products.push, products.pull, products.second)
+
+
+def _products(structure: Structure, names: tuple[str, ...], kind: Kind, backend: Backend) -> Products:
+    return torch_products(structure, names, kind)
+
+
+def _report(residual: Tensor, tolerance: float, strict: bool) -> None:
+    worst = float(residual.max()) if len(residual) else 0.0
+    if worst <= tolerance:
+        return
+    message = (
+        f"MuJoCo's solver left a residual of {worst:.1e} of the largest force in {int((residual > tolerance).sum())} of "
+        f"{len(residual)} environments, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
+        "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
+    )
+    if strict:
+        raise UnconvergedError(message)
+    warnings.warn(message, UnconvergedWarning, stacklevel=2)
+
+
+def split_products(kernels: KernelProducts, fallback: Products) -> Products:
+    """Products of the kernels, those of `fallback` in the environments (copies) that the kernels do not cover."""
+
+    def push(x: Tensors, dx: Tensors, y: Tensors) -> Tensors:
+        found, covered = kernels.push(x, dx, y)
+        return _mended(found, covered, lambda pick: fallback.push(pick(x), pick(dx), pick(y)))
+
+    def pull(x: Tensors, y: Tensors, g: Tensors, wanted: Wanted) -> Tensors:
+        found, covered = kernels.pull(x, y, g, wanted)
+        return _mended(found, covered, lambda pick: fallback.pull(pick(x), pick(y), pick(g), wanted))
+
+    def second(arguments: tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors], wanted: Wanted) -> Tensors:
+        found, covered = kernels.second(arguments, wanted)
+        x, dx, y, dy, g, h = arguments
+        return _mended(
+            found,
+            covered,
+            lambda pick: fallback.second((pick(x), pick(dx), pick(y), pick(dy), pick(g), pick(h)), wanted),
+        )
+
+    return Products(push, pull, second)
+
+
+def _mended(
+    found: Tensors, covered: Tensor, redo: Callable[[Callable[[Sequence[Tensor]], Tensors]], Tensors]
+) -> Tensors:
+    """`found`, with the copies that are not covered done again."""
+    if bool(covered.all()):
+        return found
+    rows = (~covered).nonzero().flatten()
+    again = redo(lambda tensors: tuple(t if len(t) == 1 else t[rows] for t in tensors))
+    return tuple(
+        whole.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]))
+        for whole, part in zip(found, again, strict=True)
+    )

@@ -1,0 +1,271 @@
+"""The residual of MuJoCo's acceleration as one scalar program, batched in torch.
+
+MuJoCo's acceleration minimises over a the convex cost C(a) = Gibbs-Appell energy - applied . a + s(J a - aref), so
+
+    r = M a + c - passive - actuator - applied + J' s'(jar) = 0,          H = dr/da = M + J' s'' J.
+
+The derivative of a = a(q, v, act, ctrl, force; theta) needs one scalar, with a and lam held:
+
+    phi = <lam, r>,   lam = -H^-1 g:   gradient of <g, a> = gradient of phi.
+
+phi is written by virtual power and never forms a Jacobian; what collision detection found (contacts, active limits) is
+frozen in `Active`, zones of the constraint laws follow from jar. Every argument has a leading axis of environments, of
+length 1 (shared) or B. Position enters as a tangent displacement d at `base`, whose value is zero.
+Reference: mujoco_recipe 1, 5; Todorov, ICRA 2014.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mujoco
+import torch
+from torch import Tensor
+
+from sim2real.simulators.mujoco_actuators import actuator_derivative, actuator_force
+from sim2real.simulators.mujoco_contact_rows import contact_rows
+from sim2real.simulators.mujoco_contacts import Contacts, freeze_contacts, join_contacts
+from sim2real.simulators.mujoco_equalities import equality_rows
+from sim2real.simulators.mujoco_forces import (
+    Fields,
+    armature_power,
+    disabled,
+    gravity,
+    inertia_wrench,
+    mass_matrix,
+    passive_derivative,
+    passive_power,
+    wrench_power,
+)
+from sim2real.simulators.mujoco_kinematics import Poses, poses, twists, velocity_bias
+from sim2real.simulators.mujoco_limits import Limits, find_limits, limit_rows
+from sim2real.simulators.mujoco_rows import Motion, Rows, normal_matrix, power
+from sim2real.simulators.mujoco_structure import Structure
+from sim2real.simulators.mujoco_uncovered import uncovered_force
+
+Damping = Literal["eulerdamp", "implicitfast", "implicit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """The discrete part of B states: what touches and which limits act."""
+
+    contacts: Contacts | None
+    limits: Limits
+
+
+def freeze(
+    structure: Structure,
+    base: Tensor,
+    v: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    force: Tensor,
+    a: Tensor,
+    fields: Fields,
+) -> Active:
+    """Contacts and active limits at B states; no field of `FIELDS` moves a geom, so positions decide."""
+    size = _size(base, v, act, ctrl, force, a, *fields.values())
+    base = base.detach().expand(size, -1)
+    plain = {name: value.detach() for name, value in fields.items()}
+    return Active(_contacts(structure, base), find_limits(structure, base, plain))
+
+
+def residual_power(
+    structure: Structure,
+    base: Tensor,
+    d: Tensor,
+    v: Tensor,
+    a: Tensor,
+    lam: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    force: Tensor,
+    fields: Fields,
+    active: Active,
+) -> Tensor:
+    """phi = <lam, r> [B], a force times a velocity (W)."""
+    smooth, constraint = _parts(structure, base, d, v, a, lam, act, ctrl, force, fields, active)
+    return smooth + constraint
+
+
+def solver_residual(
+    structure: Structure,
+    base: Tensor,
+    v: Tensor,
+    a: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    force: Tensor,
+    fields: Fields,
+    active: Active,
+) -> Tensor:
+    """Largest entry of |r| over the largest force [B]: how far a is from the minimum. Gate gradients on it."""
+    size = _size(base, v, a, act, ctrl, force, *fields.values())
+    plain = {name: value.detach() for name, value in fields.items()}
+    lam = torch.zeros(size, v.shape[-1], dtype=v.dtype, device=v.device, requires_grad=True)
+    arguments = [x.detach() for x in (base, torch.zeros_like(v), v, a)]
+    inputs = [x.detach() for x in (act, ctrl, force)]
+    with torch.enable_grad():
+        smooth, constraint = _parts(structure, *arguments, lam, *inputs, plain, active)
+        (of_smooth,) = torch.autograd.grad(smooth.sum(), lam, retain_graph=True)
+        (of_rows,) = torch.autograd.grad(constraint.sum(), lam)
+        inertia = mass_power(structure, arguments[0], arguments[1], lam, arguments[3], plain)
+        (of_inertia,) = torch.autograd.grad(inertia.sum(), lam)
+    parts = torch.stack([of_smooth - of_inertia, of_inertia, of_rows]).abs().amax((0, 2))
+    return (of_smooth + of_rows).abs().amax(-1) / parts.clamp(min=torch.finfo(v.dtype).tiny)
+
+
+def mass_power(structure: Structure, base: Tensor, d: Tensor, mu: Tensor, z: Tensor, fields: Fields) -> Tensor:
+    """mu' M(q) z [B]."""
+    at = poses(structure, base, d)
+    left, right = twists(structure, at.axes, mu[:, None]), twists(structure, at.axes, z[:, None])
+    wrench = inertia_wrench(at, fields, None, right)
+    return wrench_power(at, fields, left, wrench)[:, 0] + armature_power(structure, mu, z, fields)
+
+
+def damping_power(
+    structure: Structure,
+    base: Tensor,
+    d: Tensor,
+    v: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    mu: Tensor,
+    w: Tensor,
+    fields: Fields,
+    kind: Damping,
+) -> Tensor:
+    """mu' D w [B], D the derivative of the smooth force by v that the integrator `kind` uses.
+
+    eulerdamp: -diag(damping). implicitfast: passive and actuator forces, and the velocity bias of free bodies that are
+    a tree of their own. implicit: the bias of all. The bias is quadratic in v, so its derivative along w is
+    (c(v + w) - c(v - w))/2 exactly.
+    """
+    if kind == "eulerdamp":
+        return -(mu * fields["dof_damping"] * w).sum(-1)
+    total = passive_derivative(structure, mu, w, fields)
+    total = total + actuator_derivative(structure, base, d, v, act, ctrl, mu, w, fields)
+    if kind == "implicitfast" and not bool(structure.lone.any()):
+        return total
+    kept = mu if kind == "implicit" else mu * structure.lone
+    at = poses(structure, base, d)
+    virtual = twists(structure, at.axes, kept[:, None])
+    ahead, behind = (_bias_power(structure, at, virtual, v + sign * w, fields) for sign in (1, -1))
+    return total - (ahead - behind) / 2
+
+
+def hessian(
+    structure: Structure,
+    base: Tensor,
+    v: Tensor,
+    a: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    fields: Fields,
+    active: Active,
+    kind: Damping | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """M, H = M + J' s'' J and D of the integrator `kind`, each [B, nv, nv], without derivatives."""
+    with torch.no_grad():
+        size = _size(base, v, a, act, ctrl, *fields.values())
+        nv = v.shape[-1]
+        eye = torch.eye(nv, dtype=v.dtype, device=v.device).expand(size, -1, -1)
+        along = torch.cat([v.expand(size, -1)[:, None], a.expand(size, -1)[:, None], eye], 1)
+        motion = _motion(structure, base.expand(size, -1), torch.zeros_like(v), along)
+        mass = mass_matrix(structure, motion.poses, motion.twists[:, 2:], fields)
+        hess = mass
+        for rows in _rows(structure, motion, fields, active):
+            hess = hess + normal_matrix(rows, size)
+        return mass, hess, None if kind is None else _damping(structure, base, v, act, ctrl, fields, kind, size)
+
+
+def _damping(
+    structure: Structure, base: Tensor, v: Tensor, act: Tensor, ctrl: Tensor, fields: Fields, kind: Damping, size: int
+) -> Tensor:
+    """D [B, nv, nv]: all columns at once, one copy of the environments for each."""
+    nv = v.shape[-1]
+    copies = lambda x: x.detach().expand(size, *x.shape[1:]).repeat_interleave(nv, 0)
+    many = {name: copies(value) if len(value) > 1 else value.detach() for name, value in fields.items()}
+    columns = torch.eye(nv, dtype=v.dtype, device=v.device).repeat(size, 1)
+    mu = torch.zeros_like(columns, requires_grad=True)
+    at = [copies(x) for x in (base, torch.zeros_like(v), v, act, ctrl)]
+    with torch.enable_grad():
+        value = damping_power(structure, *at, mu, columns, many, kind)
+        (by_mu,) = torch.autograd.grad(value.sum(), mu)
+    return by_mu.reshape(size, nv, nv).transpose(1, 2)
+
+
+def _parts(
+    structure: Structure,
+    base: Tensor,
+    d: Tensor,
+    v: Tensor,
+    a: Tensor,
+    lam: Tensor,
+    act: Tensor,
+    ctrl: Tensor,
+    force: Tensor,
+    fields: Fields,
+    active: Active,
+) -> tuple[Tensor, Tensor]:
+    """<lam, r> of smooth forces, and of constraints, each [B]."""
+    size = _size(base, d, v, a, lam, act, ctrl, force, *fields.values())
+    along = torch.stack([x.expand(size, -1) for x in (v, a, lam)], 1)
+    motion = _motion(structure, base, d, along)
+    virtual = motion.twists[:, 2:]
+    acceleration = motion.twists[:, 1:2] + _falling(structure, motion.bias, fields)[:, None]
+    wrench = inertia_wrench(motion.poses, fields, motion.twists[:, :1], acceleration)
+    smooth = wrench_power(motion.poses, fields, virtual, wrench)[:, 0] + armature_power(structure, lam, a, fields)
+    smooth = smooth - passive_power(structure, motion.poses, base, d, v, lam, virtual[:, 0], fields)
+    applied = actuator_force(structure, base, d, v, act, ctrl, fields) + force
+    if structure.uncovered:
+        applied = applied + uncovered_force(structure, base, d, v, act, ctrl, fields)
+    smooth = smooth - (lam * applied).sum(-1)
+    constraint = torch.zeros_like(smooth)
+    for rows in _rows(structure, motion, fields, active):
+        constraint = constraint + power(rows, size)
+    return smooth, constraint
+
+
+def _motion(structure: Structure, base: Tensor, d: Tensor, along: Tensor) -> Motion:
+    at = poses(structure, base, d)
+    bias = velocity_bias(structure, at.axes, along[:, 0])
+    return Motion(base, d, along, at, twists(structure, at.axes, along), bias)
+
+
+def _falling(structure: Structure, bias: Tensor, fields: Fields) -> Tensor:
+    """Spatial accelerations with the world accelerating against gravity."""
+    return bias - torch.nn.functional.pad(gravity(structure, fields), (3, 0))[:, None]
+
+
+def _bias_power(structure: Structure, at: Poses, virtual: Tensor, v: Tensor, fields: Fields) -> Tensor:
+    """<mu, c(q, v)> [B] without gravity; virtual: twists of mu."""
+    velocity = twists(structure, at.axes, v[:, None])
+    wrench = inertia_wrench(at, fields, velocity, velocity_bias(structure, at.axes, v)[:, None])
+    return wrench_power(at, fields, virtual, wrench)[:, 0]
+
+
+def _rows(structure: Structure, motion: Motion, fields: Fields, active: Active) -> list[Rows]:
+    rows = limit_rows(structure, motion, active.limits, fields) + equality_rows(structure, motion, fields)
+    return rows if active.contacts is None else rows + contact_rows(structure, motion, active.contacts, fields)
+
+
+def _contacts(structure: Structure, base: Tensor) -> Contacts | None:
+    model = structure.model
+    off = mujoco.mjtDisableBit
+    meet = bool(model.npair or (model.geom_contype.any() and model.geom_conaffinity.any()))
+    if not meet or disabled(structure, off.mjDSBL_CONTACT) or disabled(structure, off.mjDSBL_CONSTRAINT):
+        return None
+    data, readings = mujoco.MjData(model), []
+    for env, qpos in enumerate(base.cpu().numpy()):
+        data.qpos[:] = qpos
+        mujoco.mj_fwdPosition(model, data)
+        readings.append(freeze_contacts(structure, env, data))
+    contacts = join_contacts(structure, readings)
+    return contacts if len(contacts.env) else None
+
+
+def _size(*tensors: Tensor) -> int:
+    return max(len(x) for x in tensors)

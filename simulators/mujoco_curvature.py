@@ -1,7 +1,7 @@
 """Contacts of smooth convex geoms, first order, from the curvature of their support functions (rule B).
 
-C_i is the Hessian of geom i's support function at the normal, on the tangent plane (P = I - n n'): sphere r P, vertex 0,
-face infinite, edge infinite along it, ellipsoid (A^2 - s s')/|A n| with s = A^2 n/|A n|, rim of a cylinder
+C_i is the Hessian of geom i's support function at the normal, on the tangent plane (P = I - n n'): sphere r P,
+vertex 0, face infinite, edge infinite along it, ellipsoid (A^2 - s s')/|A n| with s = A^2 n/|A n|, rim of a cylinder
 (r / sin of the tilt) e e'. With witness points X_i and normals N_i carried rigidly,
 
     (C1 + C2 + dist I) dn = P (dX2 - dX1) + C1 dN1 + C2 dN2,            d dist = n . (dX2 - dX1),

@@ -132,7 +132,7 @@ def _displaced(
                 scratch.geom_xpos[moved] = position + step * np.eye(3)[axis]
             else:
                 scratch.geom_xmat[moved] = (_turn(axis - 3, step) @ rotation).reshape(-1, 9)
-            sides.append(_read(model, scratch, group))
+            sides.append({pair: _matched(rest[pair], rows) for pair, rows in _read(model, scratch, group).items()})
             scratch.geom_xpos[moved], scratch.geom_xmat[moved] = position, rotation.reshape(-1, 9)
         for pair in group:
             ahead, behind, here = sides[0][pair], sides[1][pair], rest[pair]
@@ -156,6 +156,14 @@ def _read(
     geom = contact.geom
     feature = np.concatenate([contact.pos, contact.frame[:, :3], contact.dist[:, None]], 1)
     return {pair: feature[(geom == pair).all(1)] for pair in group}
+
+
+def _matched(rest: Array, rows: Array) -> Array:
+    """The displaced rows in the order of those at rest, by nearest point: MuJoCo may list the points of a face anew."""
+    if len(rest) != len(rows) or len(rest) < 2:
+        return rows
+    nearest = np.linalg.norm(rest[:, None, :3] - rows[None, :, :3], axis=-1).argmin(1)
+    return rows[nearest] if len(set(nearest.tolist())) == len(rest) else rows
 
 
 def _turn(axis: int, angle: float) -> Array:

@@ -82,6 +82,11 @@ def _options(model: mujoco.MjModel) -> Iterator[str]:
             yield f"option: {what} is enabled; disable the flag"
     if model.opt.integrator == int(mujoco.mjtIntegrator.mjINT_DISCRETE):
         yield "option: integrator discrete; use Euler, implicitfast, implicit or RK4"
+    implicit = (int(mujoco.mjtIntegrator.mjINT_IMPLICIT), int(mujoco.mjtIntegrator.mjINT_IMPLICITFAST))
+    uncovered = uncovered_forces(model)
+    if model.opt.integrator in implicit and uncovered:
+        named = ", ".join(f"{force.name} ({force.reason})" for force in uncovered)
+        yield f"option: the implicit integrators need d(force)/dv of {named}; use Euler or RK4"
     if model.opt.disableactuator:
         yield "option: actuatorgroupdisable is not covered; delete the actuators or set their gear to 0"
     if model.opt.noslip_iterations > 0:
@@ -99,16 +104,19 @@ def _elements(model: mujoco.MjModel) -> Iterator[str]:
         yield "geom: adhesion is not covered; set it to 0"
     for j in range(model.njnt):
         name = f"joint '{model.joint(j).name or j}'"
+        if model.jnt_actfrclimited[j] and any(_uncovered_actuator(model, i) for i in range(model.nu)):
+            yield f"{name}: actuatorfrcrange beside muscles or site, body and spatial-tendon actuators; drop it"
         if model.jnt_stiffnesspoly[j].any() or model.jnt_springyield[j] or model.jnt_plasticadr[j] >= 0:
             yield f"{name}: polynomial or plastic springs are not covered; use a linear stiffness"
         if model.jnt_actuatorid[j] >= 0:
             yield f"{name}: damping or armature of an actuator; move it to the joint"
-        if model.jnt_actgravcomp[j] and model.jnt_actfrclimited[j]:
-            yield f"{name}: actuatorgravcomp together with actuatorfrcrange is not covered; drop one of the two"
+        idle = not model.nu or model.opt.disableflags & int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
+        if model.jnt_actgravcomp[j] and (model.jnt_actfrclimited[j] or idle):
+            yield f"{name}: actuatorgravcomp with actuatorfrcrange, or without working actuators; drop one of the two"
     for i in range(model.nv):
         if model.dof_dampingpoly[i].any():
-            name = model.joint(int(model.dof_jntid[i])).name or int(model.dof_jntid[i])
-            yield f"joint '{name}': polynomial damping is not covered; use a linear one"
+            j = int(model.dof_jntid[i])
+            yield f"joint '{model.joint(j).name or j}': polynomial damping is not covered; use a linear one"
 
 
 def _actuators(model: mujoco.MjModel) -> Iterator[str]:

@@ -41,8 +41,8 @@ from sim2real.simulators.mujoco_forces import (
 from sim2real.simulators.mujoco_kinematics import Poses, poses, twists, velocity_bias
 from sim2real.simulators.mujoco_limits import Limits, find_limits, limit_rows
 from sim2real.simulators.mujoco_rows import Motion, Rows, normal_matrix, power
-from sim2real.simulators.mujoco_structure import Structure
-from sim2real.simulators.mujoco_uncovered import uncovered_force
+from sim2real.simulators.mujoco_structure import FIELDS, Structure
+from sim2real.simulators.mujoco_uncovered import Differenced, freeze_uncovered, uncovered_force
 
 Damping = Literal["eulerdamp", "implicitfast", "implicit"]
 
@@ -53,6 +53,8 @@ class Active:
 
     contacts: Contacts | None
     limits: Limits
+    uncovered: Differenced | None
+    """forces outside the program, linear about the states"""
 
 
 def freeze(
@@ -64,12 +66,20 @@ def freeze(
     force: Tensor,
     a: Tensor,
     fields: Fields,
+    *,
+    differentiated: tuple[str, ...] = FIELDS,
 ) -> Active:
-    """Contacts and active limits at B states; no field of `FIELDS` moves a geom, so positions decide."""
+    """Contacts and active limits at B states; no field of `FIELDS` moves a geom, so positions decide.
+
+    differentiated: the fields whose derivatives are wanted; it saves differences of uncovered forces, nothing else.
+    """
     size = _size(base, v, act, ctrl, force, a, *fields.values())
-    base = base.detach().expand(size, -1)
+    base, *inputs = (x.detach().expand(size, -1) for x in (base, v, act, ctrl))
     plain = {name: value.detach() for name, value in fields.items()}
-    return Active(_contacts(structure, base), find_limits(structure, base, plain))
+    uncovered = None
+    if structure.uncovered:
+        uncovered = freeze_uncovered(structure, base, *inputs, plain, differentiated)
+    return Active(_contacts(structure, base), find_limits(structure, base, plain), uncovered)
 
 
 def residual_power(
@@ -220,10 +230,10 @@ def _parts(
     smooth = wrench_power(motion.poses, fields, virtual, wrench)[:, 0] + armature_power(structure, lam, a, fields)
     smooth = smooth - passive_power(structure, motion.poses, base, d, v, lam, virtual[:, 0], fields)
     applied = actuator_force(structure, base, d, v, act, ctrl, fields) + force
-    if structure.uncovered:
-        applied = applied + uncovered_force(structure, base, d, v, act, ctrl, fields)
+    if active.uncovered is not None:
+        applied = applied + uncovered_force(active.uncovered, d, v, act, ctrl, fields)
     smooth = smooth - (lam * applied).sum(-1)
-    constraint = torch.zeros_like(smooth)
+    constraint = 0 * lam.sum(-1)
     for rows in _rows(structure, motion, fields, active):
         constraint = constraint + power(rows, size)
     return smooth, constraint

@@ -1,8 +1,9 @@
 """What the derivative program needs to know of a compiled MuJoCo model: static tables and physical fields.
 
-`prepare` makes a copy of the model whose solver converges and whose inertia follows edited fields. `structure` reads the
-tables and refuses, by element, what the program cannot differentiate (`mujoco_coverage`). Forces outside the program
-(fluid, spatial tendons, muscles, site and body transmissions) are named in `uncovered`: they are differenced alone.
+`prepare` makes a copy of the model whose solver converges and whose inertia follows edited fields. `structure` reads
+the tables and refuses, by element, what the program cannot differentiate (`mujoco_coverage`). Forces outside the
+program (fluid, spatial tendons, muscles, site and body transmissions) are named in `uncovered`: they are differenced
+alone.
 
 Fields are the physical numbers of the model under MuJoCo's names, `[1, *shape]` or `[B, *shape]`. One differs:
 `body_inertia` is the full tensor (xx, yy, zz, xy, xz, yz) about the centre of mass in *body* axes, R(iquat) diag
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sim2real.simulators.mujoco_coverage import Uncovered, check_covered, uncovered_forces
+from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError, Uncovered, check_covered, uncovered_forces
 
 FIELDS: tuple[str, ...] = (
     "body_mass",
@@ -203,6 +204,24 @@ def nominal_fields(structure: Structure) -> dict[str, Tensor]:
     full = np.einsum("bij,bj,bkj->bik", axes, model.body_inertia, axes)
     six = full[:, [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
     return {**fields, "gravity": _real(model.opt.gravity)[None], "body_inertia": _real(six)[None]}
+
+
+def check_fields(structure: Structure, names: tuple[str, ...]) -> None:
+    """Raise `MujocoUnsupportedError` if a named field cannot be differentiated in this model."""
+    unknown = [name for name in names if name not in FIELDS]
+    if unknown:
+        raise MujocoUnsupportedError(f"{unknown} are not fields of a MuJoCo model here; choose from {', '.join(FIELDS)}")
+    fluid = any(force.kind == "fluid" for force in structure.uncovered)
+    if fluid and "body_inertia" in names:
+        raise MujocoUnsupportedError(
+            "body_inertia cannot be differentiated in a fluid: drag acts in the principal axes, which jump where two "
+            "moments are equal; leave body_inertia out, or set density and viscosity to 0"
+        )
+    if structure.simple and "body_ipos" in names:
+        raise MujocoUnsupportedError(
+            f"the bodies {', '.join(structure.simple)} were compiled as simple: their inertia ignores body_ipos; "
+            'compile them with simple="false"'
+        )
 
 
 def _joints(model: mujoco.MjModel, body: int) -> tuple[Joint, ...]:

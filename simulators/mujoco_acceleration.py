@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forward import Kind, accelerate
 from sim2real.simulators.mujoco_products import STATE, KernelProducts, Products, torch_products
-from sim2real.simulators.mujoco_structure import Structure, nominal_fields
+from sim2real.simulators.mujoco_structure import Structure
 from sim2real.simulators.warp_functions import Program, Tensors, Wanted
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
 
@@ -62,8 +61,8 @@ def _report(residual: Tensor, tolerance: float, strict: bool) -> None:
     if worst <= tolerance:
         return
     message = (
-        f"MuJoCo's solver left a residual of {worst:.1e} of the largest force in {int((residual > tolerance).sum())} of "
-        f"{len(residual)} environments, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
+        f"MuJoCo's solver left a residual of {worst:.1e} of the largest force in {int((residual > tolerance).sum())} "
+        f"of {len(residual)} environments, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
         "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
     )
     if strict:

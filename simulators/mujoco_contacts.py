@@ -25,11 +25,12 @@ from torch import Tensor
 
 from sim2real.simulators.mujoco_cores import core_frames
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
-from sim2real.simulators.mujoco_features import CAPSULE, PLANE, Array, GeomTable, Index, geom_table
+from sim2real.simulators.mujoco_features import CAPSULE, CYLINDER, PLANE, STANDING, Array, GeomTable, Index, geom_table
 from sim2real.simulators.mujoco_first_order import first_order_contacts
 from sim2real.simulators.mujoco_kinematics import Poses
 from sim2real.simulators.mujoco_matching import CoreContacts, match_cores
-from sim2real.simulators.mujoco_readings import Reading, geom_names, joined
+from sim2real.simulators.mujoco_pairs import only_slides
+from sim2real.simulators.mujoco_readings import Reading, geom_names, joined, local
 from sim2real.simulators.mujoco_relative import RelativeContacts, relative_frames
 from sim2real.simulators.mujoco_structure import Structure
 
@@ -125,6 +126,7 @@ def join_contacts(structure: Structure, readings: Sequence[Reading]) -> Contacts
     """All contacts of all environments with their rules; `MujocoUnsupportedError` names a pair that none covers."""
     model, table = structure.model, geom_table(structure.model)
     reading = joined(readings)
+    _check_standing(model, table, reading)
     number = len(reading.env)
     cores, rows = match_cores(table, reading)
     left = np.ones(number, dtype=bool)
@@ -155,6 +157,21 @@ def join_contacts(structure: Structure, readings: Sequence[Reading]) -> Contacts
         order=1 if left.any() else 2,
         first_order=tuple(sorted({geom_names(model, g) for g in set(map(tuple, reading.geom[left].tolist()))})),
     )
+
+
+def _check_standing(model: mujoco.MjModel, table: GeomTable, reading: Reading) -> None:
+    """Refuse a cylinder that stands on a plane and can tilt: MuJoCo's contact points then jump to the lowest rim."""
+    kind = table.kind[reading.geom]
+    normal = local(reading.rotation[:, 1], reading.frame[:, 0])
+    stands = (kind[:, 0] == PLANE) & (kind[:, 1] == CYLINDER) & (np.hypot(normal[:, 0], normal[:, 1]) < STANDING)
+    for row in np.flatnonzero(stands).tolist():
+        first, second = table.body[reading.geom[row]].tolist()
+        if not only_slides(model, first, second):
+            raise MujocoUnsupportedError(
+                f"{geom_names(model, reading.geom[row].tolist())}: the cylinder stands upright in environment "
+                f"{reading.env[row]}, and its contact points jump as soon as it tilts; tilt it by more than {STANDING} "
+                "rad, use a box, a mesh or a capsule, or leave it slide joints only"
+            )
 
 
 def _seeds(model: mujoco.MjModel, table: GeomTable, reading: Reading) -> tuple[Array, Index]:

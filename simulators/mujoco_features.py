@@ -24,8 +24,8 @@ PLANE, HFIELD, SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH, SDF = range(9)
 
 _TOUCHES = 1e-6
 """a witness is a vertex or lies on a rim within this times the size of its geom"""
-_FLAT = 1e-6
-"""sine of the tilt under which the contact points of a cylinder standing on a plane are not differentiable"""
+STANDING = 1e-6
+"""sine of the tilt under which a cylinder stands on a plane: its contact points stay on it, but jump if it tilts"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +195,7 @@ def _cylinder_foot(table: GeomTable, s: Sides) -> Features:
     """
     radius, half = table.size[s.geom, 0], table.size[s.geom, 1]
     across = np.hypot(s.normal[:, 0], s.normal[:, 1])
-    lowest = np.stack([s.normal[:, 0], s.normal[:, 1], 0 * across], -1) / np.maximum(across, _FLAT)[:, None]
+    lowest = np.stack([s.normal[:, 0], s.normal[:, 1], 0 * across], -1) / np.maximum(across, STANDING)[:, None]
     axis = _along_z(np.where(s.normal[:, 2] < 0, -1.0, 1.0))
     aside = np.cross(lowest, axis)
     root = np.sqrt(3) / 2
@@ -203,7 +203,9 @@ def _cylinder_foot(table: GeomTable, s: Sides) -> Features:
     weights = parts[None] * np.stack([half, radius, radius], -1)[:, None]
     candidates = weights @ np.stack([axis, lowest, aside], 1)
     which = np.linalg.norm(candidates - s.witness[:, None], axis=-1).argmin(1)
-    out = _found(np.where(across > _FLAT, CYLINDER_FOOT, NO_CORE), np.zeros_like(axis), axis=axis)
+    stands = across < STANDING
+    point = np.where(stands[:, None], s.witness, 0.0)
+    out = _found(np.where(stands, POINT, CYLINDER_FOOT), point, axis=axis)
     out.shape[:, 0] = weights[np.arange(len(which)), which]
     return out
 

@@ -52,7 +52,10 @@ def actuator_derivative(
     w: Tensor,
     fields: Fields,
 ) -> Tensor:
-    """mu' d(qfrc_actuator)/dv w [B], as MuJoCo's implicit integrators have it: none from a force at its bound."""
+    """mu' d(qfrc_actuator)/dv w [B], as MuJoCo's implicit integrators have it.
+
+    An actuator at the bound of its force adds nothing, nor one on a joint whose total force is at its bound.
+    """
     model = structure.model
     if not model.nu or disabled(structure, _OFF.mjDSBL_ACTUATION):
         return (mu * w).sum(-1) * 0
@@ -64,6 +67,12 @@ def actuator_derivative(
     low, high = _bounds(model.actuator_forcelimited, model.actuator_forcerange)
     force = _law(structure, length, rate, drive, fields).detach()
     slope = _covered(structure) * torch.where((force > low) & (force < high), slope, 0 * slope)
+    total = ((_covered(structure) * force.clamp(low, high))[..., None] * moment.detach()).sum(-2)
+    least, most = _joint_bounds(model)
+    joint = model.actuator_trntype <= int(mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    dof = torch.as_tensor(model.jnt_dofadr[np.where(joint, model.actuator_trnid[:, 0], 0)].astype(np.int64))
+    stopped = ((total <= least) | (total >= most))[:, dof] & torch.as_tensor(joint)
+    slope = torch.where(stopped, 0 * slope, slope)
     return (slope * (moment * mu[:, None]).sum(-1) * (moment * w[:, None]).sum(-1)).sum(-1)
 
 

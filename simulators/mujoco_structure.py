@@ -217,9 +217,10 @@ def check_fields(structure: Structure, names: tuple[str, ...]) -> None:
             "body_inertia cannot be differentiated in a fluid: drag acts in the principal axes, which jump where two "
             "moments are equal; leave body_inertia out, or set density and viscosity to 0"
         )
-    if structure.simple and "body_ipos" in names:
+    edited = sorted({"body_ipos", "body_inertia"} & set(names))
+    if structure.simple and edited:
         raise MujocoUnsupportedError(
-            f"the bodies {', '.join(structure.simple)} were compiled as simple: their inertia ignores body_ipos; "
+            f"the bodies {', '.join(structure.simple)} were compiled as simple: their inertia ignores {edited}; "
             'compile them with simple="false"'
         )
 

@@ -1,0 +1,158 @@
+"""The whole study of hybrid policies: HPO, HPO with counterfactual branches and PPO, up to five seeds; resumable.
+
+    python benchmarks/study_hpo.py [--only lqr/3-2] [--seeds 5] [--out benchmarks/results/hpo.json]
+
+Resumable: instances and seeds that the file already holds are skipped, and the file is replaced as a whole after each
+new row. A row holds the metric of the reference on the test paths at the weights that were best on the development
+paths, the paired gap to the optimum where it is known, the learning curve on the development paths (updates, periods
+simulated, CPU seconds, metric), the recipe, the command, the machine and the versions. `--quick` runs one instance,
+shortly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.hybrid_tasks import HybridTask, heavy_tail_task, lqr_task, metric, replenishment_task, task_policy
+from benchmarks.hybrid_training import Recipe, train
+from sim2real.hybrid_policy import greedy_policy
+
+Row = dict[str, Any]
+FILE = Path(__file__).parent / "results" / "hpo.json"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """`name` is TASK/SIZE/METHOD."""
+
+    name: str
+    task: Callable[[], HybridTask]
+    recipe: Recipe
+    seeds: int = 5
+    every: int = 1
+    """epochs between checks on the development paths"""
+
+
+HPO = Recipe()
+BRANCHES = replace(HPO, method="branches")
+PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
+LONG = {"discount": 0.93, "buffer": 20}
+"""joint replenishment: discount and uncounted steps of the reference"""
+
+
+def instances() -> Iterator[Instance]:
+    """Names, tasks and recipes, the cheapest first."""
+    yield Instance("lqr/3-2/hpo", partial(lqr_task, 3), replace(HPO, epochs=40))
+    yield Instance("lqr/16-2/hpo", partial(lqr_task, 16), HPO)
+    yield Instance("lqr/48-2/hpo", partial(lqr_task, 48), HPO)
+    for items in (1, 2, 3):
+        yield Instance(f"jrp/{items}/hpo", partial(replenishment_task, items), replace(HPO, **LONG), seeds=1)
+    yield Instance("jrp/2-nb/hpo", heavy_tail_task, replace(HPO, **LONG), seeds=1)
+    yield Instance("lqr/16-2/ppo", partial(lqr_task, 16), PPO)
+    yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=40))
+    yield Instance("lqr/16-2/branches", partial(lqr_task, 16), BRANCHES)
+    yield Instance("lqr/48-2/ppo", partial(lqr_task, 48), PPO)
+    yield Instance("jrp/50/hpo", partial(replenishment_task, 50), replace(HPO, **LONG), seeds=1)
+    yield Instance("jrp/50/ppo", partial(replenishment_task, 50), replace(PPO, epochs=200, rate=1e-4, **LONG), seeds=1)
+
+
+def measured(instance: Instance, seed: int) -> Row:
+    """Train, keep the weights that are best on the development paths, test: one row."""
+    task, recipe = instance.task(), instance.recipe
+    policy = greedy_policy(task_policy(task, stochastic=recipe.method == "ppo"))
+    best, nu, curve = math.inf, {}, []
+    for epoch, progress in enumerate(train(task, recipe, seed=seed), 1):
+        if epoch % instance.every and epoch != recipe.epochs:
+            continue
+        cost = float(metric(task, policy, progress.nu, task.dev).mean())
+        curve.append([progress.updates, progress.periods, round(progress.seconds, 1), round(cost, 6)])
+        if cost < best:
+            best, nu = cost, {key: value.detach().clone() for key, value in progress.nu.items()}
+    cost = metric(task, policy, nu, task.test)
+    row: Row = {
+        "instance": instance.name,
+        "seed": seed,
+        "cost": float(cost.mean()),
+        "cost_stderr": float(cost.std()) / math.sqrt(len(cost)),
+        "dev": best,
+        "cpu_seconds": curve[-1][2],
+        "recipe": asdict(recipe),
+        "curve": curve,
+    }
+    if task.optimum is not None:
+        optimum = task.optimum(task.test)
+        excess = cost - optimum
+        scale = float(optimum.mean())
+        row |= {"optimum": scale, "gap": float(excess.mean()) / scale}
+        row["gap_stderr"] = float(excess.std()) / math.sqrt(len(excess)) / scale
+        row["optimum_dev"] = float(task.optimum(task.dev).mean())
+    return row
+
+
+def stored(path: Path = FILE) -> list[Row]:
+    """Rows of the file, none when there is none."""
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
+def save(rows: list[Row], path: Path) -> None:
+    """One line per row; the old file stays if this is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    part.replace(path)
+
+
+def run(path: Path, only: str, seeds: int, quick: bool) -> None:
+    """Append the rows that are missing, one by one."""
+    torch.set_num_threads(1)
+    where = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one used",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    for instance in instances():
+        if quick:
+            instance = replace(instance, recipe=replace(instance.recipe, epochs=2))
+        for seed in range(min(seeds, instance.seeds)):
+            rows = stored(path)
+            if only not in instance.name or any(
+                (row["instance"], row["seed"]) == (instance.name, seed) for row in rows
+            ):
+                continue
+            row = measured(instance, seed) | where
+            save([*stored(path), row], path)
+            print(
+                json.dumps({key: row.get(key) for key in ("instance", "seed", "cost", "gap", "cpu_seconds")}),
+                flush=True,
+            )
+            if quick:
+                return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--only", default="", help="part of the instance's name")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one instance, two epochs")
+    arguments = parser.parse_args()
+    run(arguments.out, arguments.only, arguments.seeds, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ diag M^-1 averaged over the degrees of a joint that share it, tendon_invweight0 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mujoco
 import numpy as np
@@ -28,6 +28,9 @@ Array = NDArray[np.float64]
 
 _ROWS = torch.tensor([0, 1, 2, 0, 0, 1])
 _COLUMNS = torch.tensor([0, 1, 2, 1, 2, 2])
+WEIGHTS = ("body_invweight0", "dof_invweight0", "tendon_invweight0")
+STORED = "sim2real_{}"
+"""name of the custom numeric that keeps what compiling would compute anew"""
 _FULL = torch.tensor([0, 3, 4, 3, 1, 5, 4, 5, 2])
 """positions of (xx, yy, zz, xy, xz, yz) in a 3 x 3 matrix, row by row"""
 
@@ -68,9 +71,13 @@ def log_cholesky(mass: Tensor, com: Tensor, six: Tensor) -> Tensor:
     return torch.cat([0.5 * torch.log(mass)[None], torch.log(root.diagonal()), shear, com])
 
 
-def inverse_weights(model: mujoco.MjModel) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+def inverse_weights(
+    model: mujoco.MjModel, simple: Sequence[int] = ()
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     """Function from fields (body_mass, body_ipos, body_inertia, dof_armature, tendon_armature; `[B, ...]`) to the three
     invweight0 fields, as `mj_setConst` gives them; derivatives of every order.
+
+    `simple`: bodies compiled as simple, whose weights MuJoCo takes from mass alone: they stay as they are.
     """  # fmt: skip
     data = mujoco.MjData(model)
     data.qpos[:] = model.qpos0
@@ -85,7 +92,11 @@ def inverse_weights(model: mujoco.MjModel) -> Callable[[Mapping[str, Tensor]], d
     at_origin, turning, lines = (torch.as_tensor(x) for x in (linear, angular, tendon))
     frames = torch.as_tensor(np.array(data.xmat).reshape(-1, 3, 3))
     average = torch.as_tensor(_averages(model))
-    fixed = torch.as_tensor(np.asarray(model.body_weldid) == 0)
+    moves = torch.as_tensor(np.asarray(model.body_weldid) != 0)
+    kept_body = torch.zeros(model.nbody, dtype=torch.bool)
+    kept_body[list(simple)] = True
+    kept_dof = kept_body[torch.as_tensor(np.array(model.dof_bodyid), dtype=torch.long)]
+    old_body, old_dof = (torch.as_tensor(np.array(getattr(model, name))) for name in WEIGHTS[:2])
 
     def weights(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mass, offset, six = fields["body_mass"], fields["body_ipos"], fields["body_inertia"]
@@ -100,12 +111,13 @@ def inverse_weights(model: mujoco.MjModel) -> Callable[[Mapping[str, Tensor]], d
         inertia = inertia + torch.diag_embed(fields["dof_armature"])
         inertia = inertia + (rows.T * armature[..., None, :]) @ rows
         inverse = torch.linalg.inv(inertia)
-        free = (~fixed).to(mass)
         translation = ((moving @ inverse[..., None, :, :]) * moving).sum((-1, -2)) / 3.0
         rotation = ((turn @ inverse[..., None, :, :]) * turn).sum((-1, -2)) / 3.0
+        new_body = torch.stack([translation, rotation], -1) * moves.to(mass)[:, None]
+        new_dof = inverse.diagonal(dim1=-2, dim2=-1) @ average.to(mass).T
         found = {
-            "body_invweight0": torch.stack([translation * free, rotation * free], -1),
-            "dof_invweight0": inverse.diagonal(dim1=-2, dim2=-1) @ average.to(mass).T,
+            "body_invweight0": torch.where(kept_body[:, None], old_body.to(mass), new_body),
+            "dof_invweight0": torch.where(kept_dof, old_dof.to(mass), new_dof),
         }
         return found | ({"tendon_invweight0": ((rows @ inverse) * rows).sum(-1)} if model.ntendon else {})
 
@@ -121,3 +133,15 @@ def _averages(model: mujoco.MjModel) -> Array:
             block = slice(first + start, first + start + 3)
             matrix[block, block] = 1.0 / 3.0
     return matrix
+
+
+def restore_weights(model: mujoco.MjModel) -> None:
+    """Put the weights that `save_xml` stored as custom numerics back into a freshly compiled model (in place)."""
+    for name in WEIGHTS:
+        array = getattr(model, name).reshape(-1)
+        index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_NUMERIC, STORED.format(name))
+        if index < 0:
+            continue
+        first, size = int(model.numeric_adr[index]), int(model.numeric_size[index])
+        if size == array.size:
+            array[:] = model.numeric_data[first : first + size]

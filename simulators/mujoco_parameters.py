@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sim2real.bounds import Box
 from sim2real.params import Params
-from sim2real.simulators.mujoco_inertia import inverse_weights, log_cholesky, pseudo_inertia
+from sim2real.simulators.mujoco_inertia import inverse_weights, log_cholesky, pseudo_inertia, restore_weights
 from sim2real.simulators.mujoco_properties import (
     PROPERTIES,
     PSEUDO_INERTIA,
@@ -38,10 +38,9 @@ from sim2real.simulators.mujoco_properties import (
     shown_bounds,
 )
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields
-from sim2real.simulators.mujoco_writer import restore_weights
 from sim2real.simulators.mujoco_xml import STANDARD, XmlLimits, load_spec
 
-__all__ = ["Parameter", "ParameterNameError", "field_map", "parameter_model", "parameters_of"]
+__all__ = ["Parameter", "ParameterNameError", "field_map", "parameter_model", "parameters_of", "target_names"]
 
 DELAY = "delay"
 _INERTIAL = ("body_mass", "body_ipos", "body_inertia")
@@ -146,7 +145,8 @@ def field_map(structure: Structure, spec: ThetaSpec, *, weights: Weights = "froz
     box = _box(model, entries, resolved)
     shapes = {name: torch.as_tensor(value).shape for name, value in box.default.items()}
     touched = {place.field for targets in resolved.values() for target in targets for place in target.places}
-    follow = inverse_weights(model) if weights == "moving" and touched & set(_MOVES_WEIGHTS) else None
+    simple = [b for b, name in enumerate(element_names(model, "body")) if {name, f"body {b}"} & set(structure.simple)]
+    follow = inverse_weights(model, simple) if weights == "moving" and touched & set(_MOVES_WEIGHTS) else None
 
     def fields(theta: Params) -> dict[str, Tensor]:
         columns: dict[str, list[tuple[int, Tensor]]] = {}
@@ -167,6 +167,12 @@ def field_map(structure: Structure, spec: ThetaSpec, *, weights: Weights = "froz
         return found | follow({name: found.get(name, nominal[name].to(sample)) for name in _MOVES_WEIGHTS})
 
     return box, fields
+
+
+def target_names(model: mujoco.MjModel, spec: ThetaSpec) -> dict[str, tuple[str, ...]]:
+    """Which properties each entry of theta means, wildcards resolved."""
+    entries = parameters_of(spec).items()
+    return {name: tuple(one for target in entry.targets for one in _matches(model, target)) for name, entry in entries}
 
 
 def _targets(model: mujoco.MjModel, entry: Parameter, nominal: dict[str, Tensor] | None = None) -> tuple[_Target, ...]:

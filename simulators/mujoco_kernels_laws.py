@@ -1,0 +1,190 @@
+"""Scalar laws of the MuJoCo kernels as arithmetic graphs: limits, contacts, actuators, springs of quaternion joints.
+
+Every law adds to phi = <lam, r> a term  y_lam f(y, y_v, y_a; fields), where y is a coordinate and y_lam, y_v, y_a are
+its rates along lam, v and a. A constraint row with jar = y_a + B y_v + K imp pos exerts f = s'(jar) = D min(jar, 0).
+
+    force    f = d phi / d y_lam                             what r needs
+    stiff    df / dy_a, the row's part of H                  (a block where rates are coupled)
+    pull     gradients of phi by every input that moves, f first
+
+All three are derived from phi by `warp_dual`. Reference: MuJoCo documentation, Computation, "Constraint model" and
+"Parameters": impedance, reference acceleration, friction pyramid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sim2real.simulators.mujoco_kernels_algebra import Piece, inputs
+from sim2real.simulators.warp_dual import adjoints
+from sim2real.simulators.warp_graph import Node, apply, constant, less, less_equal, power, select
+
+_ONE = constant(1.0)
+_LEAST, _MOST = 1e-4, 0.9999  # MuJoCo's bounds of impedances and of midpoints
+
+
+def _clamped(x: Node, low: float, high: float) -> Node:
+    return select(less(x, low), low, select(less(high, x), high, x))
+
+
+def _at_least(x: Node, low: Node | float) -> Node:
+    return select(less(x, low), low, x)
+
+
+def _larger(a: Node, b: Node) -> Node:
+    """max(a, b), whose derivative is shared where they are equal."""
+    return select(less(a, b), b, select(less(b, a), a, (a + b) * 0.5))
+
+
+def impedance(pos: Node, solimp: Sequence[Node], *, quadratic: bool) -> Node:
+    """The sigmoid of |pos| between dmin and dmax; quadratic: power 2, as MuJoCo's default, without `pow`."""
+    low, high = (_clamped(solimp[k], _LEAST, _MOST) for k in (0, 1))
+    width, middle = _at_least(solimp[2], 1e-15), _clamped(solimp[3], _LEAST, _MOST)
+    exponent = constant(2.0) if quadratic else _at_least(solimp[4], 1.0)
+    x = apply("abs", pos) / width
+    rest = _ONE - x
+    begin = power(x, exponent) / power(middle, exponent - 1.0)
+    end = _ONE - power(rest, exponent) / power(_ONE - middle, exponent - 1.0)
+    share = select(less_equal(x, middle), begin, end)
+    return select(less(x, 1.0), low + share * (high - low), high)
+
+
+def reference(solref: Sequence[Node], highest: Node, least_time: Node) -> tuple[Node, Node]:
+    """Stiffness K and damping B of a row; least_time: what the time constant is kept above."""
+    high = _clamped(highest, _LEAST, _MOST)
+    time = _at_least(solref[0], least_time)
+    standard = less(0.0, solref[0])
+    size = high * time * solref[1]
+    stiffness = select(standard, _ONE / (size * size), -solref[0] / (high * high))
+    return stiffness, select(standard, 2.0 / (high * time), -solref[1] / high)
+
+
+def _pulling(jar: Node, strength: Node) -> Node:
+    return select(less(jar, 0.0), strength * jar, 0.0)
+
+
+def _mixed(one: Sequence[Node], two: Sequence[Node], weight: Node) -> list[Node]:
+    return [weight * a + (1.0 - weight) * b for a, b in zip(one, two, strict=True)]
+
+
+def _contact(x: Sequence[Node], dim: int, *, quadratic: bool) -> tuple[Node, int]:
+    """phi of one contact with a friction pyramid (dim 3) or without friction (dim 1); and the first input that is soft.
+
+    Inputs: rates along lam, v, a (dim each), distance, friction of both geoms, invweight of both bodies, | solref and
+    solimp of both geoms, | weight of the first geom, margin, impratio, least time constant.
+    """
+    rates = [x[k * dim : (k + 1) * dim] for k in range(3)]
+    at = 3 * dim
+    distance, friction = x[at], _larger(x[at + 1], x[at + 2])
+    weight, margin, ratio, least = x[at + 19 : at + 23]
+    pos = distance - margin
+    direct = select(less(0.0, x[at + 5]), select(less(0.0, x[at + 7]), 0.0, 1.0), 1.0)
+    smaller = [select(less(a, b), a, b) for a, b in zip(x[at + 5 : at + 7], x[at + 7 : at + 9], strict=True)]
+    mixed = _mixed(x[at + 5 : at + 7], x[at + 7 : at + 9], weight)
+    decided = select(less(weight * (1.0 - weight), 1e-30), 0.0, direct)  # one geom has priority
+    solref = [select(less(0.5, decided), a, b) for a, b in zip(smaller, mixed, strict=True)]
+    solimp = _mixed(x[at + 9 : at + 14], x[at + 14 : at + 19], weight)
+    grip = impedance(pos, solimp, quadratic=quadratic)
+    stiffness, damping = reference(solref, solimp[1], least)
+    strength = grip / ((_ONE - grip) * (x[at + 3] + x[at + 4]))
+    rows = [tuple(rate[0] for rate in rates)]
+    if dim > 1:
+        square = friction * friction
+        strength = strength * ratio / (2.0 * square * (1.0 + square))
+        signed = [(k, sign * friction) for k in range(1, dim) for sign in (1.0, -1.0)]
+        rows = [tuple(rate[0] + slope * rate[k] for rate in rates) for k, slope in signed]
+    phi = constant(0.0)
+    for by_lam, by_v, by_a in rows:
+        phi = phi + by_lam * _pulling(by_a + damping * by_v + stiffness * grip * pos, strength)
+    return phi, at + 5
+
+
+CONTACT_INPUTS = {1: 3 + 23, 3: 9 + 23}
+
+
+def contact_pieces(dim: int, *, quadratic: bool, soft: bool) -> list[Piece]:
+    """`row` (force, and the upper triangle of stiff by rows) and `pull` of a contact; soft: solref, solimp move too."""
+    x = inputs(CONTACT_INPUTS[dim])
+    phi, first = _contact(x, dim, quadratic=quadratic)
+    return _row_pieces(f"contact{dim}", phi, x, dim, first + 14 if soft else first)
+
+
+def limit_pieces(*, quadratic: bool, soft: bool) -> list[Piece]:
+    """The same of a joint limit.
+
+    Inputs: rates along lam, v, a of the joint, its position, bound, invweight, | solref, solimp, | side (-1: lower
+    bound, 1: upper), margin, least time constant.
+    """
+    x = inputs(16)
+    side, margin, least = x[13:16]
+    pos = side * (x[4] - x[3]) - margin
+    grip = impedance(pos, x[8:13], quadratic=quadratic)
+    stiffness, damping = reference(x[6:8], x[9], least)
+    strength = grip / ((_ONE - grip) * x[5])
+    by_lam, by_v, by_a = (-side * rate for rate in x[:3])
+    phi = by_lam * _pulling(by_a + damping * by_v + stiffness * grip * pos, strength)
+    return _row_pieces("limit", phi, x, 1, 13 if soft else 6)
+
+
+def _row_pieces(name: str, phi: Node, x: Sequence[Node], dim: int, moving: int) -> list[Piece]:
+    force = adjoints([phi], [_ONE], x[:dim])
+    pull = adjoints([phi], [_ONE], x[:moving])
+    stiff = [entry for k, slope in enumerate(force) for entry in adjoints([slope], [_ONE], x[2 * dim + k : 3 * dim])]
+    return [Piece(f"{name}_row", moving, tuple(force + stiff)), Piece(f"{name}_pull", moving, tuple(pull))]
+
+
+def actuator_pieces() -> list[Piece]:
+    """`force` and `pull` of an actuator on a joint, f = -gear clamp(gain u + bias), gain and bias affine in y and y_v.
+
+    Inputs: y_lam, y_v, y (of the joint), u, gear, gain (3), bias (3), | control range, force range.
+    The clamped control is u itself where it is inside; a derivative at its end is that from inside.
+    """
+    x = inputs(15)
+    by_lam, speed, joint, control, gear = x[:5]
+    length, rate = gear * joint, gear * speed
+    gain = x[5] + x[6] * length + x[7] * rate
+    bias = x[8] + x[9] * length + x[10] * rate
+    clamped = select(less(control, x[11]), x[11], select(less(x[12], control), x[12], control))
+    force = gain * clamped + bias
+    bounded = select(less(force, x[13]), x[13], select(less(x[14], force), x[14], force))
+    phi = -by_lam * gear * bounded
+    return [
+        Piece("actuator_force", 11, tuple(adjoints([phi], [_ONE], x[:1]))),
+        Piece("actuator_pull", 11, tuple(adjoints([phi], [_ONE], x[1:11]))),
+    ]
+
+
+def spring_pieces() -> list[Piece]:
+    """`force` and `pull` of a spring of a quaternion joint, f = k rotation_vector(reference^-1 q exp(d)).
+
+    Inputs: y_lam (3), d (3), stiffness, reference (4), | q (4). Of d only derivatives matter, exact to second order.
+    """
+    x = inputs(15)
+    by_lam, d, stiffness, rest, base = x[:3], x[3:6], x[6], x[7:11], x[11:15]
+    turn = [1.0 - (d[0] * d[0] + d[1] * d[1] + d[2] * d[2]) * 0.125, *(part * 0.5 for part in d)]
+    size = apply("sqrt", rest[0] * rest[0] + rest[1] * rest[1] + rest[2] * rest[2] + rest[3] * rest[3])
+    back = [rest[0] / size, *(-part / size for part in rest[1:])]
+    w, *u = _product(back, _product(base, turn))
+    flip = select(less(w, 0.0), -1.0, 1.0)
+    w, u = flip * w, [flip * part for part in u]
+    square = u[0] * u[0] + u[1] * u[1] + u[2] * u[2]
+    sine = apply("norm", square)
+    safe = select(less(1e-14, square), sine, 1.0)
+    # 2 atan2(s, w) / s, near s = 0 by its series in s^2 (w = sqrt(1 - s^2)): 2 + s^2 / 3
+    factor = select(less(1e-14, square), 2.0 * apply("atan2", safe, w) / safe, 2.0 + square / 3.0)
+    phi = constant(0.0)
+    for rate, part in zip(by_lam, u, strict=True):
+        phi = phi + rate * stiffness * factor * part
+    return [
+        Piece("spring_force", 11, tuple(adjoints([phi], [_ONE], by_lam))),
+        Piece("spring_pull", 11, tuple(adjoints([phi], [_ONE], x[3:11]))),
+    ]
+
+
+def _product(a: Sequence[Node], b: Sequence[Node]) -> list[Node]:
+    return [
+        a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3],
+        a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2],
+        a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1],
+        a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0],
+    ]

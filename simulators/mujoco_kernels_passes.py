@@ -1,0 +1,313 @@
+"""The three passes of the MuJoCo kernels, each one native function over a range of environments, put together.
+
+    push     dr at da = 0, da = -H^-1 dr                     G dw = M da + (dM - h dD..)(a - w)      on dual numbers
+    pull     lam = -H^-1 M mu, mu = G^-1 g (explicit: lam = -H^-1 g), then the gradients of phi      on numbers
+    second   the same on dual numbers, along (dx, dg): its derivative is the second-order product
+
+`second` needs no formula of its own: the derivative of J(x)' h along (dx, g) is what is asked for, H included.
+A pass is compiled once for every `Variant`, never for a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import warp as wp
+
+from sim2real.simulators.mujoco_kernels_adjoint import BODIES, GRADIENTS, ROW_GRADIENTS
+from sim2real.simulators.mujoco_kernels_algebra import PRECISION, Piece, algebra, graphs, piece_text
+from sim2real.simulators.mujoco_kernels_contacts import BETWEEN, CONTACTS, CORES, FRAMES
+from sim2real.simulators.mujoco_kernels_laws import actuator_pieces, contact_pieces, limit_pieces, spring_pieces
+from sim2real.simulators.mujoco_kernels_model import FIELDS
+from sim2real.simulators.mujoco_kernels_rows import LIMITS, RESIDUAL, ROWS, SPATIAL
+from sim2real.simulators.mujoco_kernels_sweeps import FACTOR, INERTIAS, POSES, TWISTS
+from sim2real.simulators.warp_graph import apply, variable
+from sim2real.simulators.warp_native import warp_function
+from sim2real.simulators.warp_source import LANES, prelude
+
+SLOTS = ("base", "shift", "velocity", "act", "ctrl", "force", "advance", "acceleration", "cotangent", *FIELDS)
+"""arrays of a pass: inputs of the program, w, a, the cotangent of w, fields"""
+WORDS = 12
+"""integers of a slot: address, bytes between environments, bytes between components; of x, dx, and what is written"""
+INTEGERS = (
+    *("body_parent", "body_joint", "body_joints", "body_group", "body_groups", "body_last"),
+    *("joint_type", "joint_qpos", "joint_dof", "group_first", "group_size"),
+    *("above", "above_first", "all_above", "all_above_first", "limit_joint"),
+    *("actuator_joint", "actuator_affine", "actuator_act", "elastic", "slot_first", "slot_length"),
+    *("contact_kind", "contact_dim", "contact_geom", "contact_rubbing", "contact_body"),
+)
+REALS = (
+    *("body_pos", "body_turn", "joint_axis", "joint_anchor", "joint_start"),
+    *("limit_margin", "actuator_control", "actuator_force_range"),
+    *(f"contact_{name}{k}" for name in ("point", "axis", "half", "radius") for k in (0, 1)),
+    *("contact_margin", "contact_weight"),
+)
+SIZES = ("bodies", "dofs", "joints", "groups", "actuators", "limits", "contacts", "first_moving", "components")
+NUMBERS = ("timestep", "impratio")
+SCRATCH = (  # name, type, numbers of each, how many
+    ("pose", "Pose", 12, "bodies"),
+    ("centre", "V3", 3, "bodies"),
+    ("mass", "N", 1, "bodies"),
+    ("inertia", "Symmetric", 6, "bodies"),
+    ("composite", "Rigid", 10, "bodies"),
+    ("spatial", "N", 21, "bodies"),
+    *((name, "S6", 6, "bodies") for name in ("velocity", "bias", "rate", "virtually", "pushed", "rest", "load")),
+    *((f"by_{name}", "S6", 6, "bodies") for name in ("velocity", "rate", "bias", "turn", "push", "rest")),
+    ("axis", "S6", 6, "dofs"),
+    ("before", "S6", 6, "groups"),
+    *((name, "N", 1, "dofs") for name in ("v", "a", "w", "lam", "mu", "z", "r", "push", "stiff")),
+    *((name, "N", 1, "squares") for name in ("M", "H", "G")),
+    ("contact", "Contact", 13, "contacts"),
+    ("gains", "N", 1, "components"),
+    ("loaded", "int", 1, "bodies"),
+    ("active", "int", 1, "contacts"),
+)
+Pass = Literal["push", "pull", "second"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a pass is compiled for.
+
+    implicit: with damping in the step (G = M + h diag(damping)); soft: gradients by solref and solimp;
+    quadratic: impedances have power 2.
+    """
+
+    which: Pass
+    implicit: bool
+    soft: bool
+    quadratic: bool
+
+
+def scratch_numbers(sizes: dict[str, int]) -> int:
+    """Numbers `N` that one thread needs."""
+    counts = {**sizes, "squares": sizes["dofs"] ** 2}
+    return sum(width * counts[count] for _, _, width, count in SCRATCH)
+
+
+@cache
+def kernel(variant: Variant) -> Any:
+    """The Warp kernel `(begin, end, scratch, pointers)` of a pass."""
+    snippet = source(variant)
+    digest = hashlib.blake2b(snippet.encode(), digest_size=6).hexdigest()
+    types = {"begin": wp.int32, "end": wp.int32, "scratch": wp.int64, "pointers": wp.array(dtype=wp.int64)}
+    name = f"mujoco_{variant.which}_{digest}"
+    tile = warp_function("@wp.func_native(snippet)", f"{name}_tile", types, "...", {"snippet": snippet})
+    decorator = "@wp.kernel(enable_backward=False, module='unique')"
+    return warp_function(decorator, name, types, "tile(begin, end, scratch, pointers)", {"tile": tile})
+
+
+def pieces(variant: Variant) -> list[Piece]:
+    """The scalar laws that a pass uses."""
+    law = {"quadratic": variant.quadratic, "soft": variant.soft}
+    found = [*contact_pieces(1, **law), *contact_pieces(3, **law), *limit_pieces(**law)]
+    found += [*actuator_pieces(), *spring_pieces()]
+    return [piece for piece in found if variant.which != "push" or not piece.name.endswith("_pull")]
+
+
+def source(variant: Variant) -> str:
+    """C++ of a pass."""
+    dual = variant.which != "pull"
+    laws = pieces(variant)
+    angle = variable("x[0]")
+    used = [node for piece in laws for node in graphs(piece, dual=dual)] + [apply("sin", angle), apply("cos", angle)]
+    parts = [prelude(used, PRECISION, lanes=LANES[PRECISION]), algebra(dual=dual), _SETTING.format(**_setting(variant))]
+    parts += [piece_text(piece, dual=dual) for piece in laws]
+    parts += [POSES, TWISTS, INERTIAS, FACTOR, CORES, CONTACTS, LIMITS, SPATIAL, ROWS, RESIDUAL, _POSITION]
+    if variant.which == "push":
+        parts += [_PUSH]
+    else:
+        parts += [BODIES, BETWEEN, FRAMES, ROW_GRADIENTS, GRADIENTS, _PULL]
+    return "\n".join(parts)
+
+
+def _setting(variant: Variant) -> dict[str, str]:
+    """The parts of `_SETTING` that tables give."""
+    lines = [f"const int* {name} = (const int*)*word++;" for name in INTEGERS]
+    lines += [f"const T* {name} = (const T*)*word++;" for name in REALS]
+    lines += [f"const int {name} = (int)*word++;" for name in SIZES]
+    lines += [f"T {name}; __builtin_memcpy(&{name}, word++, sizeof(T));" for name in NUMBERS]
+    room = ["const int squares = dofs * dofs;", "N* room = (N*)scratch;"]
+    room += [f"{kind}* {name} = ({kind}*)room; room += {width} * {count};" for name, kind, width, count in SCRATCH]
+    return {
+        "slots": ", ".join(name.upper() for name in SLOTS),
+        "tables": "\n".join(lines),
+        "room": "\n".join(room),
+        "implicit": str(variant.implicit).lower(),
+        "soft": str(variant.soft).lower(),
+        "words": str(WORDS),
+        "count": str(len(SLOTS)),
+    }
+
+
+_SETTING = """
+struct Contact {{ V3 n, t, s, x; N distance; }};
+struct Cores {{ V3 p, a, q, b; N s, t; B free_s, free_t; }};  // of capsules: p + s a and q + t b
+enum {{ {slots} }};
+constexpr bool IMPLICIT = {implicit}, SOFT = {soft};
+const long long* slot = (const long long*)pointers.data;
+const long long* word = slot + {words} * {count};
+unsigned char* covered = (unsigned char*)*word++;
+{tables}
+{room}
+int i = begin, n = W;
+bool full = false;
+V size = V(T(0));
+V3 origin = none;
+const int* list = above;
+const int* first = above_first;
+auto fetch = [&](long long base, long long step) -> V {{
+    if (base == 0) return V(T(0));
+    const char* at = (const char*)base + i * step;
+    if (step == 0) return V(*(const T*)at);
+    alignas(V) T lane[W];
+    if (step == sizeof(T) && n == W) __builtin_memcpy(lane, at, sizeof(V));
+    else for (int j = 0; j < W; ++j) lane[j] = *(const T*)(at + (j < n ? j : n - 1) * step);
+    return *(V*)lane;
+}};
+auto keep = [&](long long base, long long step, V x) {{
+    if (base == 0) return;
+    char* at = (char*)base + i * step;
+    alignas(V) T lane[W];
+    *(V*)lane = x;
+    for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lane[j];
+}};
+auto given = [&](int s, int c) -> V {{
+    const long long* x = slot + {words} * s;
+    return fetch(x[0] + c * x[2], x[1]);
+}};
+auto turned = [&](int d) -> N {{  // the displacement of a degree of freedom: zero, with its tangent
+    if (!DUAL) return zero;
+    const long long* x = slot + {words} * SHIFT;
+    return number(V(T(0)), x[3] ? fetch(x[3] + d * x[5], x[4]) : V(T(0)));
+}};
+auto field = [&](int s, int c) -> N {{
+    const long long* x = slot + {words} * s;
+    const V value = fetch(x[0] + c * x[2], x[1]);
+    if (!DUAL || x[3] == 0) return real(value);
+    return number(value, fetch(x[3] + c * x[5], x[4]));
+}};
+auto position = [&](int q, int d) -> N {{ return real(given(BASE, q)) + turned(d); }};
+auto all = [&](int s, N* x) {{
+    for (int d = 0; d < dofs; ++d) x[d] = field(s, d);
+}};
+bool wanted[{count}];
+for (int s = 0; s < {count}; ++s) wanted[s] = slot[{words} * s + 6] || slot[{words} * s + 9] || s == SHIFT;
+auto gain = [&](int s, int c, const N& x) {{
+    if (wanted[s]) gains[slot_first[s] + c] += x;
+}};
+auto gained = [&](int s, int c) -> N {{ return gains[slot_first[s] + c]; }};
+"""
+
+_POSITION = """
+auto at_state = [&]() {  // all that depends on the position and velocity
+    origin = none;
+    pose[0] = {none, {real(V(T(1))), zero, zero}, {zero, real(V(T(1))), zero}, {zero, zero, real(V(T(1)))}};
+    for (int b = 1; b <= first_moving; ++b) place(b);
+    const V3 p = pose[first_moving].p;
+    origin = {real(value_of(p.x)), real(value_of(p.y)), real(value_of(p.z))};
+    pose[0].p = -origin;
+    for (int b = 1; b < bodies; ++b) place(b);
+    weigh();
+    all(VELOCITY, v);
+    all(ACCELERATION, a);
+    velocity[0] = rate[0] = virtually[0] = pushed[0] = rest[0] = still;
+    bias[0] = {none, {-field(GRAVITY, 0), -field(GRAVITY, 1), -field(GRAVITY, 2)}};
+    along_velocity();
+    inertia_matrix(M);
+};
+auto at_acceleration = [&]() {
+    along(rate, a);
+    residual();
+    assemble();
+    V worst = V(T(0));
+    for (int d = 0; d < dofs; ++d) worst = __builtin_elementwise_max(worst, magnitude_of(value_of(r[d])));
+    const B fine = worst <= size * T(1e-8);
+    for (int j = 0; j < n; ++j) covered[i + j] = fine[j] != 0;
+};
+auto damped = [&]() {  // G = M - h D, factored
+    for (int d = 0; d < dofs; ++d) {
+        G[d * dofs + d] = M[d * dofs + d] + field(DOF_DAMPING, d) * T(timestep);
+        for (int k = above_first[d]; k < above_first[d + 1]; ++k) G[d * dofs + above[k]] = M[d * dofs + above[k]];
+    }
+    factor(G, above, above_first);
+};
+auto moved_acceleration = [&](N* x) {  // x = da (its value): a moves so that r stays zero
+    for (int d = 0; d < dofs; ++d) x[d] = real(-tangent_of(r[d]));
+    solve(H, x, list, first);
+};
+"""
+
+_PUSH = """
+for (; i < end; i += W) {
+    n = end - i < W ? end - i : W;
+    at_state();
+    at_acceleration();
+    moved_acceleration(lam);
+    if (IMPLICIT) {  // G dw = M da + dM (a - w) + h dD w
+        all(ADVANCE, w);
+        for (int d = 0; d < dofs; ++d) z[d] = real(value_of(a[d]) - value_of(w[d]));
+        along(rest, z);
+        for (int b = 0; b < bodies; ++b) load[b] = body_last[b] < 0 ? still : momentum(b, rest[b]);
+        times(M, lam, mu);
+        for (int b = bodies - 1; b > 0; --b) {
+            for (int g = body_group[b]; g < body_group[b] + body_groups[b]; ++g)
+                for (int d = group_first[g]; d < group_first[g] + group_size[g]; ++d) {
+                    N f = axis[d].dot(load[b]) + field(DOF_ARMATURE, d) * z[d];
+                    f -= field(DOF_DAMPING, d) * (real(value_of(w[d])) * T(timestep));
+                    lam[d] = real(value_of(mu[d]) + tangent_of(f));
+                }
+            load[body_parent[b]] = load[body_parent[b]] + load[b];
+        }
+        damped();
+        solve(G, lam, above, above_first);
+    }
+    const long long* out = slot + 12 * COTANGENT;
+    for (int d = 0; d < dofs; ++d) keep(out[6] + d * out[8], out[7], value_of(lam[d]));
+}
+"""
+
+_PULL = """
+for (; i < end; i += W) {
+    n = end - i < W ? end - i : W;
+    for (int c = 0; c < components; ++c) gains[c] = zero;
+    at_state();
+    at_acceleration();
+    if (DUAL && IMPLICIT) {  // the tangent of a, which the given one lacks
+        moved_acceleration(lam);
+        for (int d = 0; d < dofs; ++d) a[d] = number(value_of(a[d]), value_of(lam[d]));
+        at_acceleration();
+    }
+    all(COTANGENT, lam);
+    if (IMPLICIT) {
+        all(ADVANCE, w);
+        for (int d = 0; d < dofs; ++d) { mu[d] = lam[d]; z[d] = a[d] - w[d]; }
+        damped();
+        solve(G, mu, above, above_first);
+        times(M, mu, lam);
+        along(pushed, mu);
+        along(rest, z);
+    }
+    for (int d = 0; d < dofs; ++d) lam[d] = -lam[d];
+    solve(H, lam, list, first);
+    along(virtually, lam);
+    body_gradients();
+    for (int k = 0; k < contacts; ++k)
+        if (active[k]) contact_gradient(k);
+    joint_gradients();
+    for (int k = 0; k < limits; ++k) { limit_gradient(k, 0); limit_gradient(k, 1); }
+    law_gradients();
+    for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s) {
+        const long long* out = slot + 12 * s;
+        if (!out[6] && !out[9]) continue;
+        for (int c = 0; c < slot_length[s]; ++c) {
+            const N x = gains[slot_first[s] + c];
+            if (out[6]) keep(out[6] + c * out[8], out[7], tangent_of(x));
+            if (out[9]) keep(out[9] + c * out[11], out[10], value_of(x));
+        }
+    }
+}
+"""

@@ -22,7 +22,7 @@ from sim2real.simulators.mujoco_integrators import (
     tangent,
 )
 from sim2real.simulators.mujoco_kinematics import Poses, poses
-from sim2real.simulators.mujoco_structure import Structure, nominal_fields, structure
+from sim2real.simulators.mujoco_structure import Structure, check_fields, nominal_fields, structure
 from sim2real.simulators.warp_functions import Program, evaluate
 
 FieldMap = Callable[[Params], Mapping[str, Tensor]]
@@ -48,7 +48,7 @@ class MujocoSystem:
 
 
 def mujoco_system(
-    model: mujoco.MjModel,
+    model: mujoco.MjModel | Structure,
     names: tuple[str, ...] = (),
     *,
     backend: Backend = "auto",
@@ -60,7 +60,8 @@ def mujoco_system(
 
     Raises `MujocoUnsupportedError` for what cannot be differentiated. Other arguments: see `mujoco_model`.
     """
-    tables = structure(model)
+    tables = model if isinstance(model, Structure) else structure(model)
+    check_fields(tables, names)
     scheme, kind = integration(tables.model)
     if kind == "eulerdamp" and "dof_damping" not in names and not tables.model.dof_damping.any():
         kind = "explicit"  # no damping anywhere: the implicit step is the explicit one

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
 
+from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_forward import Kind, accelerate
 from sim2real.simulators.mujoco_products import STATE, KernelProducts, Products, torch_products
 from sim2real.simulators.mujoco_structure import Structure
@@ -53,7 +55,25 @@ def acceleration_program(
 
 
 def _products(structure: Structure, names: tuple[str, ...], kind: Kind, backend: Backend) -> Products:
-    return torch_products(structure, names, kind)
+    fallback = torch_products(structure, names, kind)
+    if backend == "torch":
+        return fallback
+    if backend not in ("auto", "warp"):
+        raise ValueError(f"backend must be 'auto', 'warp' or 'torch', got {backend!r}")
+    if find_spec("warp") is None:
+        if backend == "warp":
+            raise ModuleNotFoundError("backend='warp' needs the package warp-lang; install sim2real[warp]")
+        return fallback
+    from sim2real.simulators.mujoco_kernels import kernel_products
+    from sim2real.simulators.mujoco_kernels_model import uncovered
+
+    kernels = kernel_products(structure, names, kind)
+    if kernels is not None:
+        return split_products(kernels, fallback)
+    if backend == "warp":
+        reason = uncovered(structure, names, kind)
+        raise MujocoUnsupportedError(f"no Warp kernels for this model: {reason}; take backend='auto' or 'torch'")
+    return fallback
 
 
 def _report(residual: Tensor, tolerance: float, strict: bool) -> None:

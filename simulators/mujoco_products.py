@@ -123,7 +123,7 @@ def _linearise(condition: _Condition, x: Tensors, y: Tensors) -> _Point:
     w, a = (t.expand(copies, *t.shape[1:]) for t in y)
     base, _, v, act, ctrl, force = x[: len(STATE)]
     fields = _fields(condition, x)
-    active = freeze(condition.structure, base, v, act, ctrl, force, a, fields)
+    active = freeze(condition.structure, base, v, act, ctrl, force, a, fields, differentiated=condition.names)
     damped = None if condition.kind == "explicit" else condition.kind
     mass, curvature, damping = hessian(condition.structure, base, v, a, act, ctrl, fields, active, damped)
     factor = torch.linalg.cholesky(curvature)

@@ -28,7 +28,7 @@ from benchmarks.mujoco_models import Feature, features, refused
 from benchmarks.mujoco_reference import world
 from benchmarks.mujoco_second import judge_second
 from benchmarks.mujoco_tasks import states
-from sim2real.simulators.mujoco_structure import MujocoUnsupportedError
+from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.warp_functions import DerivativeOrderError
 
 

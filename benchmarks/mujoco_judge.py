@@ -5,8 +5,9 @@ For each input x (tangent position, velocity, activation, control, every physica
     error of the VJP   |G - J' g| / |J' g|,         G the library's gradient for the random cotangent g,
     error of the JVP   |T - J t| / |J t|,           T its tangent for the random direction t,
 
-the larger of the two. Denominators are at least `FLOOR` times their root mean square over the states: an input that
-hardly acts in one state is judged on the scale on which it acts in the others. The library's outputs are
+the larger of the two; the JVP by fields goes along all of them at once. Fields are measured in their own values.
+Denominators are at least `FLOOR` times their root mean square over the states: an input that hardly acts in one state
+is judged on the scale on which it acts in the others; and at least `SMALLEST`. The library's outputs are
 coordinates (qpos+, v+, act+); cotangents of quaternions are pulled to the tangent space, and so are their tangents.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.mujoco_reference import JOINT, Array, Columns, State, World, by_field, by_state, residual, value
+from benchmarks.mujoco_reference import JOINT, Array, Columns, State, World, after, by_field, by_state, residual, value
 from sim2real.simulators.mujoco_acceleration import acceleration_program
 from sim2real.simulators.mujoco_forward import integration
 from sim2real.simulators.mujoco_integrators import activations, add_tangent, coordinates, engine_step, tangent
@@ -33,6 +34,8 @@ from sim2real.simulators.mujoco_structure import FIELDS, nominal_fields, structu
 from sim2real.simulators.warp_functions import evaluate
 
 FLOOR = 1e-2
+SMALLEST = 1e-6
+"""m/s or rad/s per unit of the input"""
 RESIDUAL = 1e-9
 """relative; states whose solver left more are gated out"""
 KINDS = ("q", "v", "act", "ctrl")
@@ -108,6 +111,8 @@ def judged(model: mujoco.MjModel, name: str, index: tuple[int, ...], nominal: Ar
     if "solref" in name:  # at two time steps the engine clips it; all zero: not given
         row = nominal[index[:-1]]
         return bool(row.any()) and not abs(row[0] - 2 * model.opt.timestep) < 1e-9
+    if name == "dof_damping" and not nominal.any():  # implicit damping sets in with the first
+        return bool(model.opt.integrator != mujoco.mjtIntegrator.mjINT_EULER)
     if "frictionloss" in name or "invweight0" in name:  # without friction there is no row
         return bool(nominal[index] != 0)
     return True
@@ -119,20 +124,24 @@ def fields_of(model: mujoco.MjModel) -> tuple[str, ...]:
 
 
 def positions_to_tangent(model: mujoco.MjModel, qpos: Tensor) -> Tensor:
-    """d qpos / d tangent at `qpos [B, nq]`, `[B, nq, nv]`."""
-    table = coordinates(model)
-    out = torch.func.vmap(torch.func.jacfwd(lambda q, u: add_tangent(table, q, u), argnums=1))
-    found: Tensor = out(qpos, torch.zeros(len(qpos), model.nv, dtype=qpos.dtype))
-    return found
+    """d qpos / d tangent at `qpos [B, nq]`, `[B, nq, nv]`; of a unit quaternion q it is q (0, u) / 2."""
+    out = torch.zeros(len(qpos), model.nq, model.nv, dtype=qpos.dtype)
+    for kind, at, dof in zip(model.jnt_type, model.jnt_qposadr, model.jnt_dofadr, strict=True):
+        turning = kind in (JOINT.mjJNT_FREE.value, JOINT.mjJNT_BALL.value)
+        if kind == JOINT.mjJNT_FREE.value:
+            out[:, at : at + 3, dof : dof + 3] = torch.eye(3, dtype=qpos.dtype)
+            at, dof = at + 3, dof + 3
+        if not turning:
+            out[:, at, dof] = 1.0
+            continue
+        w, x, y, z = qpos[:, at : at + 4].unbind(-1)
+        columns = ((-x, w, z, -y), (-y, -z, w, x), (-z, y, -x, w))
+        for k, column in enumerate(columns):
+            out[:, at : at + 4, dof + k] = torch.stack(column, -1) / 2
+    return out
 
 
-def unit_quaternions(model: mujoco.MjModel) -> bool:
-    return bool(np.isin(model.jnt_type, (JOINT.mjJNT_FREE.value, JOINT.mjJNT_BALL.value)).any())
-
-
-def judge(
-    w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: str = "auto", jvp: bool = True
-) -> Judged:
+def judge(w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: str = "auto") -> Judged:
     """Errors of the library's VJP and JVP at every state."""
     m, names = w.model, tuple(picked)
     inputs, step = batch(m, states, names), library_step(m, names, backend)
@@ -147,29 +156,43 @@ def judge(
     grads = gradients(step, inputs, wrt, cotangent)
     reference = [{kind: columns(w, state, kind, picked) for kind in wrt} for state in states]
     errors, uncertain = {}, {}
+    scales = {kind: scale(m, kind, picked) for kind in wrt}
+    directions, moves = {}, np.zeros((len(states), 2 * m.nv + m.na))
     for kind in wrt:
-        J = np.stack([row[kind].matrix for row in reference])
+        J = np.stack([row[kind].matrix for row in reference]) * scales[kind]
         index = picked.get(kind) or [(i,) for i in range(J.shape[2])]
         expected = np.einsum("boi,bo->bi", J, g)
-        found = np.stack([grads[kind][(slice(None), *i)].numpy() for i in index], 1)
+        found = np.stack([grads[kind][(slice(None), *i)].numpy() for i in index], 1) * scales[kind]
         errors[kind] = relative(found - expected, expected)
-        if jvp:
-            t = torch.randn(len(states), len(index), generator=generator, dtype=torch.float64)
-            expected = np.einsum("boi,bi->bo", J, t.numpy())
-            pushed = push(step, inputs, kind, index, t)
-            found = torch.cat([(back @ pushed[0][:, :, None])[:, :, 0], *pushed[1:]], 1).numpy()
-            errors[kind] = np.maximum(errors[kind], relative(found - expected, expected))
-        switched = np.array([row[kind].switched.any() for row in reference])
-        errors[kind] = np.where(switched, np.nan, errors[kind])
-        spread = np.stack([row[kind].error for row in reference])
+        t = torch.randn(len(states), len(index), generator=generator, dtype=torch.float64)
+        directions[kind] = spread_out(inputs[kind], index, t * torch.from_numpy(scales[kind]))
+        moved = np.einsum("boi,bi->bo", J, t.numpy())
+        if kind in KINDS:
+            pushed = push(step, inputs, {kind: directions[kind]}, back)
+            errors[kind] = np.maximum(errors[kind], relative(pushed - moved, moved))
+        else:
+            moves = moves + moved
+        errors[kind] = np.where([row[kind].switched.any() for row in reference], np.nan, errors[kind])
+        spread = np.stack([row[kind].error for row in reference]) * scales[kind]
         uncertain[kind] = relative(spread, np.linalg.norm(J, axis=1))
+    if names:
+        pushed = push(step, inputs, {name: directions[name] for name in names}, back)
+        kink = np.isnan(np.stack([errors[name] for name in names])).any(0)
+        errors["fields"] = np.where(kink, np.nan, relative(pushed - moves, moves))
     return Judged(errors, uncertain, np.array([residual(w, state) for state in states]), value_error)
+
+
+def scale(model: mujoco.MjModel, kind: str, picked: Entries) -> Array:
+    """What each entry is measured in: fields in their own value, or a tenth of the field's largest, or 1."""
+    if kind in KINDS:
+        return np.ones(1)
+    nominal = value(model, kind)
+    largest = 0.1 * float(np.abs(nominal).max())
+    return np.array([max(abs(float(nominal[index])), largest) or 1.0 for index in picked[kind]])
 
 
 def engine_difference(w: World, states: Sequence[State], found: tuple[Tensor, Tensor, Tensor]) -> Array:
     """Largest difference of the library's step from the engine's, per state."""
-    from benchmarks.mujoco_reference import after
-
     rows = []
     for i, state in enumerate(states):
         end = after(w, state)
@@ -193,19 +216,27 @@ def gradients(
     return {k: torch.zeros_like(leaves[k]) if x is None else x for k, x in zip(wrt, found, strict=True)}
 
 
-def push(
-    step: Step, inputs: Mapping[str, Tensor], kind: str, index: Sequence[tuple[int, ...]], t: Tensor
-) -> tuple[Tensor, ...]:
-    """JVP along entries of one input."""
-    direction = torch.zeros_like(inputs[kind])
+def spread_out(like: Tensor, index: Sequence[tuple[int, ...]], t: Tensor) -> Tensor:
+    """The direction whose entries at `index` are t `[B, n]`, 0 elsewhere."""
+    direction = torch.zeros_like(like)
     for k, i in enumerate(index):
         direction[(slice(None), *i)] = t[:, k]
-    outputs: tuple[Tensor, ...] = torch.func.jvp(lambda x: step({**inputs, kind: x}), (inputs[kind],), (direction,))[1]
-    return outputs
+    return direction
+
+
+def push(step: Step, inputs: Mapping[str, Tensor], directions: Mapping[str, Tensor], back: Tensor) -> Array:
+    """JVP along several inputs at once, positions in the tangent space."""
+    kinds = list(directions)
+    along = tuple(directions[kind] for kind in kinds)
+    moved = torch.func.jvp(
+        lambda *x: step({**inputs, **dict(zip(kinds, x, strict=True))}), tuple(inputs[kind] for kind in kinds), along
+    )[1]
+    out: Array = torch.cat([(back @ moved[0][:, :, None])[:, :, 0], *moved[1:]], 1).numpy()
+    return out
 
 
 def relative(difference: Array, expected: Array) -> Array:
     """Norms over the last axis, floored as the module says."""
     size = np.linalg.norm(expected, axis=-1)
     root = np.sqrt(np.mean(size**2)) if len(size) else 0.0
-    return np.linalg.norm(difference, axis=-1) / np.maximum(size, max(FLOOR * root, 1e-12))
+    return np.linalg.norm(difference, axis=-1) / np.maximum(size, max(FLOOR * root, SMALLEST))

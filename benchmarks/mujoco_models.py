@@ -56,18 +56,20 @@ def free(shape: str, extra: str = SOFT, height: float = 0.12) -> str:
 
 def pair(first: str, second: str) -> str:
     """Two bodies without weight that start inside one another."""
-    body = lambda name, shape, at: (
-        f'<body name="{name}"><freejoint/><geom name="{name}" pos="{at}" {SHAPES[shape]} friction=".6 .01 .01" '
+    body = lambda name, shape, at, friction: (
+        f'<body name="{name}"><freejoint/><geom name="{name}" pos="{at}" {SHAPES[shape]} friction="{friction} .01 .01" '
         f"{SOFT}/></body>"
     )
-    return scene(body("a", first, ".01 0 .02") + body("b", second, "0 .01 .02"), option='gravity="0 0 0"', floor="")
+    bodies = body("a", first, ".01 0 .02", 0.6) + body("b", second, "0 .01 .02", 0.5)
+    return scene(bodies, option='gravity="0 0 0"', floor="")
 
 
 def arm(*, ball: str = 'stiffness="2"', hinge: str = "", first: str = "", slide: str = "", geom: str = "") -> str:
     """Ball, two hinges and a slide."""
     limb = f'size=".03" {geom}'
     return f"""<body name="upper" pos="0 0 .6" {first}>
-    <joint name="shoulder" type="ball" damping=".1" {ball}/><geom type="capsule" fromto="0 0 0 .3 0 0" {limb}/>
+    <joint name="shoulder" type="ball" damping=".1" {ball}/>
+    <geom type="capsule" fromto="0 0 0 .3 0 0" friction=".9 .02 .02" {limb}/>
     <body name="lower" pos=".3 0 0"><joint name="elbow" axis="0 1 0" damping=".05" armature=".01" {hinge}/>
       <geom type="capsule" fromto="0 0 0 .3 0 0" {limb}/>
       <body name="hand" pos=".3 0 0"><joint name="wrist" axis="0 0 1" damping=".05" pos=".02 0 0"/>
@@ -155,6 +157,8 @@ def laws() -> dict[str, Feature]:
         free("sphere"),
         extra=f'<contact><pair geom1="floor" geom2="sphere" friction=".5 .4 .02 .01 .01" condim="4" {SOFT}/></contact>',
     )
+    field = '<hfield name="hills" nrow="3" ncol="3" elevation="0 0 0 .1 .1 .1 .2 .2 .2" size="1 1 .1 .1"/>'
+    hills = scene(free("sphere"), floor="").replace("<worldbody>", '<worldbody><geom type="hfield" hfield="hills"/>')
     mocap = scene(
         free("box") + '<body name="hand" mocap="true" pos=".05 .02 .2"><geom type="sphere" size=".1"/></body>',
     )
@@ -163,6 +167,7 @@ def laws() -> dict[str, Feature]:
         "priority": Feature(priority, TUMBLING),
         "margin-gap-power": Feature(margin, TUMBLING),
         "explicit-pair": Feature(explicit, SLIDING),
+        "height-field": Feature(hills.replace("<asset>", f"<asset>{field}"), TUMBLING, second=False),
         "mocap": Feature(mocap, TUMBLING, second=False),
         "self-contact": Feature(scene(arm(ball="", hinge='range="-1 1"')), LONG | {"spread": 0.5}),
     }
@@ -229,13 +234,8 @@ def refused() -> dict[str, str]:
         '<mujoco><worldbody><flexcomp type="grid" count="3 3 1" spacing=".1 .1 .1" name="cloth" radius=".01" dim="2"/>'
         "</worldbody></mujoco>"
     )
-    hills = (
-        '<mujoco><asset><hfield name="hills" nrow="3" ncol="3" elevation="0 .1 0 .1 .2 .1 0 .1 0" size="1 1 .1 .1"/>'
-        f'</asset><worldbody><geom type="hfield" hfield="hills"/>{free("sphere")}</worldbody></mujoco>'
-    )
     return {
         "flex": grid,
-        "height-field": hills,
         "cylinder-cylinder": scene(flat + flat.replace(".1 .1", ".2 .1"), floor=""),
         "cylinder-box": scene(flat + free("box"), floor=""),
         "noslip": scene(free("box"), option='noslip_iterations="5"'),

@@ -27,7 +27,7 @@ ROW = mujoco.mjtConstraint
 JOINT = mujoco.mjtJoint
 STEPS = {"q": (1e-6, 1e-5, 2e-7), "v": (1e-6, 1e-5, 1e-4), "act": (1e-5, 1e-4), "ctrl": (1e-5, 1e-4)}
 """of the state, in its own units; the one with the smallest uncertainty is taken"""
-PARAMETER_STEPS = (3e-4, 3e-5, 3e-3)
+PARAMETER_STEPS = (3e-4, 3e-5, 3e-3, 3e-6)
 """relative to the parameter, or to a tenth of the field's largest"""
 GOOD = 1e-10
 """relative uncertainty at which no other step is tried"""
@@ -161,7 +161,8 @@ def pieces(m: mujoco.MjModel, d: mujoco.MjData) -> bytes:
     for i in np.flatnonzero(rows >= 0) if (kind == ROW.mjCNSTR_CONTACT_ELLIPTIC.value).any() else ():
         part = slice(rows[i], rows[i] + dim[i])
         zone[part] = cone_zone(contacts[i], jar[part])
-    marks = (contacts.geom, dim, ramps(contacts), kind, d.efc_id, zone)
+    own = ramps(np.array(contacts.solimp).reshape(-1, 5), np.array(contacts.dist) - np.array(contacts.includemargin))
+    marks = (contacts.geom, dim, own, limit_ramps(m, d), kind, d.efc_id, zone)
     return b"".join(np.asarray(part).tobytes() for part in marks)
 
 
@@ -174,10 +175,26 @@ def cone_zone(contact: Any, jar: Array) -> int:
     return 1 if contact.mu * normal + tangential <= 0 else 2
 
 
-def ramps(contacts: Any) -> NDArray[np.int64]:
+def limit_ramps(m: mujoco.MjModel, d: mujoco.MjData) -> NDArray[np.int64]:
+    """`ramps` of limits and of equalities of joints and tendons."""
+    scalar = (mujoco.mjtEq.mjEQ_JOINT.value, mujoco.mjtEq.mjEQ_TENDON.value)
+    tables = {
+        ROW.mjCNSTR_LIMIT_JOINT.value: m.jnt_solimp,
+        ROW.mjCNSTR_LIMIT_TENDON.value: m.tendon_solimp_lim,
+        ROW.mjCNSTR_EQUALITY.value: m.eq_solimp,
+    }
+    rows = [
+        i
+        for i, (kind, which) in enumerate(zip(d.efc_type, d.efc_id, strict=True))
+        if kind in tables and (kind != ROW.mjCNSTR_EQUALITY.value or m.eq_type[which] in scalar)
+    ]
+    solimp = np.array([tables[int(d.efc_type[i])][d.efc_id[i]] for i in rows]).reshape(-1, 5)
+    return ramps(solimp, d.efc_pos[rows] - d.efc_margin[rows])
+
+
+def ramps(solimp: Array, gap: Array) -> NDArray[np.int64]:
     """Piece of each impedance: before its middle, after it, saturated; it is once differentiable between these."""
-    solimp = np.array(contacts.solimp).reshape(-1, 5)
-    x = np.abs(np.array(contacts.dist) - np.array(contacts.includemargin)) / solimp[:, 2]
+    x = np.abs(gap) / solimp[:, 2]
     late = (solimp[:, 4] != 1) & (x >= solimp[:, 3])
     return np.where(x >= 1, 2, late).astype(np.int64)
 
@@ -306,7 +323,7 @@ def by_field(w: World, state: State, name: str, entries: Sequence[tuple[int, ...
     columns = []
     for index in entries:
         centre = float(nominal[index])
-        scale = max(abs(centre), 0.1 * float(np.abs(nominal).max()), 1e-6)
+        scale = max(abs(centre), 0.1 * float(np.abs(nominal).max())) or 1.0
 
         def at(x: float, index: tuple[int, ...] = index, centre: float = centre) -> State:
             edit(w, name, index, centre + x)

@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.mujoco_judge import KINDS, Entries, Step, batch, gradients, library_step, relative
+from benchmarks.mujoco_judge import KINDS, SMALLEST, Entries, Step, batch, gradients, library_step
 from benchmarks.mujoco_reference import Array, State, World, edit, marked, moved, value
 
 STEPS = (1e-5, 1e-6, 1e-4)
+PART = 1e-2
+"""of the gradient: products smaller than that are judged on its scale"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ def judge_second(
     direction = directions(inputs, wrt, picked, generator)
     sizes = [y.shape for y in step(inputs)]
     cotangent = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    grads = gradients(step, inputs, wrt, cotangent)
     found = product(step, inputs, direction, cotangent)
     tried = [slopes(step, inputs, direction, cotangent, h) for h in STEPS]
     errors, uncertain = {}, {}
@@ -50,8 +53,11 @@ def judge_second(
             [np.linalg.norm((fine[kind] - coarse[kind]).reshape(rows, -1), axis=1) for fine, coarse in tried]
         )
         best = np.stack([fine[kind].reshape(rows, -1) for fine, _ in tried])[spread.argmin(0), np.arange(rows)]
-        errors[kind] = relative(found[kind].reshape(rows, -1).numpy() - best, best)
-        uncertain[kind] = relative(spread.min(0)[:, None], best)
+        least = PART * np.linalg.norm(grads[kind].reshape(rows, -1).numpy(), axis=1)
+        size = np.maximum(np.linalg.norm(best, axis=1), np.maximum(least, SMALLEST))
+        off = found[kind].reshape(rows, -1).numpy() - best
+        errors[kind] = np.linalg.norm(off, axis=1) / size
+        uncertain[kind] = spread.min(0) / size
     changed = np.array([switches(w, state, direction, i) for i, state in enumerate(states)])
     return SecondOrder({kind: np.where(changed, np.nan, e) for kind, e in errors.items()}, uncertain)
 

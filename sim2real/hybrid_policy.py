@@ -74,7 +74,9 @@ def discrete_first_policy(
 
     def act(nu: Params, state: Tensor, noise: Tensor) -> Tensor:
         _check_noise(noise, 1 + continuous_dim * stochastic)
-        return branch(nu, state, _draw(log_probs(nu, state, state), noise), noise)
+        with torch.no_grad():  # an index carries no derivative
+            choice = _draw(log_probs(nu, state, state), noise)
+        return branch(nu, state, choice, noise)
 
     def density(nu: Params, state: Tensor, action: Tensor) -> Tensor:
         if continuous_dim == 0:

@@ -68,6 +68,7 @@ def joint_replenishment(
         *((each.low, each.high, each.factor) for each in (OrderTerms(0.0, 0.0), *terms)), strict=True
     )
     width = max(lead_time, 1)
+    unlimited = all(each == OrderTerms() for each in terms) and len(terms) == 1
 
     def initial_state(theta: Params, e0: Tensor) -> Tensor:
         return e0.new_zeros(*e0.shape[:-1], n * width)
@@ -76,6 +77,8 @@ def joint_replenishment(
         """Index of the terms `[...]` and quantities `[..., n]`."""
         index = action[..., 0].detach().long()
         quantity = torch.relu(action[..., 1:])
+        if unlimited:
+            return index, quantity * (index > 0).unsqueeze(-1)
         total = quantity.sum(-1)
         # nothing to scale where nothing is asked for: then a minimum order is shared equally
         share = torch.where(total[..., None] > 0, quantity / total[..., None].clamp_min(1e-12), 1.0 / n)
@@ -94,7 +97,9 @@ def joint_replenishment(
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
         index, quantity = ordered(action)
         stock = store_cost(theta, arriving(state, action) - e).sum(-1)
-        price = _of_terms(factor, index, action) * (theta["purchase"] * quantity).sum(-1)
+        price = (theta["purchase"] * quantity).sum(-1)
+        if not unlimited:
+            price = _of_terms(factor, index, action) * price
         return -stock - price - theta["fixed"] * (index > 0)
 
     items = range(n)

@@ -136,6 +136,19 @@ def _write(pool: _Pool, table: _Tables, name: str, value: Array) -> None:
         pool.fields["body_subtreemass"][:] = value @ table.descendants.T
 
 
+def write_fields(model: mujoco.MjModel, fields: Mapping[str, Array]) -> None:
+    """Write fields of one environment into a model of the caller's own, as the pool holds them."""
+    for name, value in fields.items():
+        if name == "gravity":
+            model.opt.gravity[:] = value
+        elif name == "body_inertia":
+            model.body_inertia[:], model.body_iquat[:] = principal_axes(value)
+        else:
+            getattr(model, name)[:] = value
+        if name == "body_mass":
+            model.body_subtreemass[:] = _descendants(model) @ value
+
+
 def principal_axes(inertia: Array) -> tuple[Array, Array]:
     """Principal moments `[..., 3]` and the quaternion `[..., 4]` of their frame, of (xx, yy, zz, xy, xz, yz)."""
     xx, yy, zz, xy, xz, yz = np.moveaxis(inertia, -1, 0)
@@ -173,7 +186,6 @@ class _Tables:
     place: NDArray[np.intp]
     """and in the engine's packed lower triangle"""
     descendants: Array
-    """`[nbody, nbody]` 1 where the column's body hangs on the row's, itself included"""
 
 
 def _tables(model: Any) -> _Tables:
@@ -183,10 +195,15 @@ def _tables(model: Any) -> _Tables:
             j = int(model.M_colind[k])
             entry += [i * model.nv + j] if i == j else [i * model.nv + j, j * model.nv + i]
             place += [k] if i == j else [k, k]
+    return _Tables(np.array(entry, dtype=np.intp), np.array(place, dtype=np.intp), _descendants(model))
+
+
+def _descendants(model: Any) -> Array:
+    """`[nbody, nbody]` 1 where the column's body hangs on the row's, itself included."""
     descendants = np.eye(model.nbody)
     for body in range(model.nbody - 1, 0, -1):
         descendants[int(model.body_parentid[body])] += descendants[body]
-    return _Tables(np.array(entry, dtype=np.intp), np.array(place, dtype=np.intp), descendants)
+    return descendants
 
 
 def _residual(table: _Tables, mass: Array, a: Array, force: Array, size: Array) -> Array:

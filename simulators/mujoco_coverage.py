@@ -95,7 +95,8 @@ def _options(model: mujoco.MjModel) -> Iterator[str]:
 
 def _elements(model: mujoco.MjModel) -> Iterator[str]:
     if model.nflex:
-        yield f"flex '{model.flex(0).name}': deformable bodies are not covered"
+        name = mujoco.mj_id2name(model, int(mujoco.mjtObj.mjOBJ_FLEX), 0)
+        yield f"flex '{name}': deformable bodies are not covered"
     if model.nplugin:
         yield "plugins: their forces are unknown; remove them"
     if model.flg_surfacevel:

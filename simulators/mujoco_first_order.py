@@ -12,11 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sim2real.simulators.mujoco_cores import FACE, LINE
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_curvature import curvature_jacobian, support_hessian
-from sim2real.simulators.mujoco_features import CYLINDER, ELLIPSOID, HFIELD, SDF, Array, GeomTable, Index
+from sim2real.simulators.mujoco_features import CYLINDER, ELLIPSOID, HFIELD, SDF, Array, GeomTable, Index, features
 from sim2real.simulators.mujoco_readings import Reading, geom_names, local, sides
 from sim2real.simulators.mujoco_relative import RelativeContacts, collision_differences
+
+_PARALLEL = 1e-5
+"""times the size: how far a face or an edge may stand off along the normal and still count as flush"""
 
 
 def _smooth(table: GeomTable, reading: Reading) -> NDArray[np.bool_]:
@@ -36,7 +40,7 @@ def first_order_contacts(
     rule[_smooth(table, reading) & left] = 1
     jacobian, moved = np.zeros((len(rule), 7, 6)), np.ones(len(rule), dtype=np.int64)
     _curved(table, reading, np.flatnonzero(rule == 1), jacobian, rule)
-    _differenced(model, reading, np.flatnonzero(rule == 2), jacobian, moved)
+    _differenced(model, table, reading, np.flatnonzero(rule == 2), jacobian, moved)
     rows = np.flatnonzero(rule > 0)
     side, pick = moved[rows], np.arange(len(rows))
     geom = reading.geom[rows]
@@ -82,26 +86,39 @@ def _curved(table: GeomTable, reading: Reading, rows: Index, jacobian: Array, ru
     jacobian[rows] = curvature_jacobian(normal, dist, arm, world[:, 0], world[:, 1])
 
 
-def _differenced(model: mujoco.MjModel, reading: Reading, rows: Index, jacobian: Array, moved: Index) -> None:
+def _differenced(
+    model: mujoco.MjModel, table: GeomTable, reading: Reading, rows: Index, jacobian: Array, moved: Index
+) -> None:
     """Write the Jacobians of rule C and the moved geoms into their rows."""
     if not len(rows):
         return
     scratch = mujoco.MjData(model)
+    flat = _flush(table, reading, rows)
     for env in np.unique(reading.env[rows]).tolist():
         every = np.flatnonzero(reading.env == env)
         pairs = [(int(a), int(b)) for a, b in reading.geom[every]]
         order = {row: pairs[:k].count(pairs[k]) for k, row in enumerate(every.tolist())}
-        own = rows[reading.env[rows] == env]
+        mine = reading.env[rows] == env
+        own = rows[mine]
+        wanted = [pairs[np.searchsorted(every, row)] for row in own]
+        flush = {pair: reading.frame[row, 0] for pair, row, f in zip(wanted, own, flat[mine], strict=True) if f}
         scratch.qpos[:], scratch.mocap_pos[:], scratch.mocap_quat[:] = reading.scene[env]
         mujoco.mj_kinematics(model, scratch)
-        wanted = [(int(a), int(b)) for a, b in reading.geom[own]]
-        out = collision_differences(model, scratch, wanted, [order[row] for row in own.tolist()])
+        out = collision_differences(model, scratch, wanted, [order[row] for row in own.tolist()], flush)
         for pair, reason in out.failed.items():
             raise MujocoUnsupportedError(
                 f"{geom_names(model, pair)} in environment {env} have no derivative: {reason}; shift the state a "
                 "little, or use a sphere, a capsule or a plane for one of the two"
             )
         jacobian[own], moved[own] = out.jacobian, out.side
+
+
+def _flush(table: GeomTable, reading: Reading, rows: Index) -> NDArray[np.bool_]:
+    """Whether an edge or a face of one geom lies along an edge or a face of the other, within 1e-5 rad, per row."""
+    pick = np.zeros(len(reading.env), dtype=bool)
+    pick[rows] = True
+    kind = features(table, sides(table, reading)[np.repeat(pick, 2)], _PARALLEL).kind
+    return np.logical_and.reduce(np.isin(kind, (FACE, LINE)).reshape(-1, 2), axis=1)
 
 
 def _real(x: Array) -> Tensor:

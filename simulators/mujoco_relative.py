@@ -12,7 +12,7 @@ Reference: mujoco_recipe 3, rule C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mujoco
@@ -79,11 +79,17 @@ class Differences:
 
 
 def collision_differences(
-    model: mujoco.MjModel, scratch: mujoco.MjData, pairs: Sequence[tuple[int, int]], order: Sequence[int]
+    model: mujoco.MjModel,
+    scratch: mujoco.MjData,
+    pairs: Sequence[tuple[int, int]],
+    order: Sequence[int],
+    flush: Mapping[tuple[int, int], Array],
 ) -> Differences:
     """Derivatives of k contacts: contact i is the `order[i]`-th that MuJoCo reports for `pairs[i]`.
 
-    `scratch` holds the pose (after `mj_kinematics`); its geom poses are restored.
+    `scratch` holds the pose (after `mj_kinematics`); its geom poses are restored. `flush` gives the normals of pairs
+    whose faces or edges lie flat on one another: which of the two faces then carries the points may depend on the
+    direction of a tilt, so these are tilted in 16 directions, too.
     """
     wanted = list(dict.fromkeys(pairs))
     movable = model.body_weldid[model.geom_bodyid] != 0
@@ -93,6 +99,9 @@ def collision_differences(
     for group in _groups(wanted, movable.tolist()):
         columns, reasons = _displaced(model, scratch, group)
         failed |= reasons
+        for pair in [pair for pair in columns if pair in flush]:
+            if not _linear(model, scratch, pair, group[pair], columns[pair], flush[pair]):
+                failed[pair] = "their faces are flush, and the face that carries the contact points changes with a tilt"
         for i, (pair, k) in enumerate(zip(pairs, order, strict=True)):
             if pair in columns and k < len(columns[pair]):
                 side[i], jacobian[i] = pair.index(group[pair]), columns[pair][k]
@@ -131,7 +140,7 @@ def _displaced(
             if axis < 3:
                 scratch.geom_xpos[moved] = position + step * np.eye(3)[axis]
             else:
-                scratch.geom_xmat[moved] = (_turn(axis - 3, step) @ rotation).reshape(-1, 9)
+                scratch.geom_xmat[moved] = (_rotation(np.eye(3)[axis - 3], step) @ rotation).reshape(-1, 9)
             sides.append({pair: _matched(rest[pair], rows) for pair, rows in _read(model, scratch, group).items()})
             scratch.geom_xpos[moved], scratch.geom_xmat[moved] = position, rotation.reshape(-1, 9)
         for pair in group:
@@ -145,6 +154,27 @@ def _displaced(
                 failed[pair] = "its contact points jump or bend within 1e-6 m or rad"
             columns[pair].append(slope)
     return {pair: np.stack(c, -1) for pair, c in columns.items() if pair not in failed}, failed
+
+
+def _linear(
+    model: mujoco.MjModel, scratch: mujoco.MjData, pair: tuple[int, int], geom: int, columns: Array, normal: Array
+) -> bool:
+    """Whether the derivatives [contacts, 7, 6] hold for tilts of a geom about 16 axes across the normal."""
+    rotation = scratch.geom_xmat[geom].copy()
+    group = {pair: geom}
+    rest = _read(model, scratch, group)[pair]
+    first, second = np.linalg.svd(normal[None])[2][1:]
+    for angle in np.arange(16) * np.pi / 8:
+        axis = np.cos(angle) * first + np.sin(angle) * second
+        scratch.geom_xmat[geom] = (_rotation(axis, _STEP) @ rotation.reshape(3, 3)).ravel()
+        tilted = _matched(rest, _read(model, scratch, group)[pair])
+        scratch.geom_xmat[geom] = rotation
+        slope = columns[..., 3:] @ axis
+        if len(tilted) != len(rest):
+            return False
+        if np.abs((tilted - rest) / _STEP - slope).max() > _KINK * max(1.0, np.abs(slope).max()):
+            return False
+    return True
 
 
 def _read(
@@ -166,10 +196,8 @@ def _matched(rest: Array, rows: Array) -> Array:
     return rows[nearest] if len(set(nearest.tolist())) == len(rest) else rows
 
 
-def _turn(axis: int, angle: float) -> Array:
-    """Rotation by an angle about a world axis."""
-    out = np.eye(3)
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    out[i, i] = out[j, j] = np.cos(angle)
-    out[i, j], out[j, i] = -np.sin(angle), np.sin(angle)
-    return out
+def _rotation(axis: Array, angle: float) -> Array:
+    """Rotation matrix about a unit axis (Rodrigues)."""
+    x, y, z = axis
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross

@@ -118,7 +118,7 @@ def _one_sided(
     solver: tuple[Tensor, Tensor, Tensor],
 ) -> Rows:
     y, rate, side = coordinate
-    sign = 1.0 - 2.0 * side
+    sign = 1 - 2 * side.to(y.dtype)
     position = sign * (y - bound) - margin
     return spring_rows(structure, "limit", env, (sign[:, None] * rate)[..., None], position[:, None], position, solver)
 

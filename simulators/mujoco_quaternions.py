@@ -60,4 +60,5 @@ def rotation_vector(q: Tensor) -> Tensor:
     series = 2 * (1 - ratio / 3 + ratio**2 / 5 - ratio**3 / 7) / torch.where(small, w, one)
     sine = torch.where(square < 1e-30, one, square).sqrt()
     angle = 2 * torch.atan2(sine, w)
-    return v * torch.where(small, series, (angle - 2 * math.pi * (angle > math.pi)) / sine)
+    shortest = torch.where(angle > math.pi, angle - 2 * math.pi, angle)
+    return v * torch.where(small, series, shortest / sine)

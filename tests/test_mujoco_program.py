@@ -25,7 +25,9 @@ from sim2real.simulators.mujoco_quaternions import quaternion_exp, rotation_vect
 from sim2real.simulators.mujoco_rows import impedance
 from sim2real.simulators.mujoco_structure import FIELDS, check_fields, nominal_fields, structure
 
-torch.set_default_dtype(torch.float64)
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def power(s: States, lam: Tensor, *, d: Tensor | None = None, fields: dict[str, Tensor] | None = None) -> Tensor:
@@ -43,14 +45,14 @@ def test_the_residual_vanishes_at_mujocos_acceleration(name: str) -> None:
     torch.testing.assert_close(mass, s.mass, rtol=1e-12, atol=1e-12 * float(s.mass.abs().max()))
     # the reference differences s' in the sliding zone, with step 1e-6: 1e-9 relative
     torch.testing.assert_close(curved, s.hessian, rtol=1e-8, atol=1e-8 * float(s.hessian.abs().max()))
-    mu, z = torch.randn(2, *s.v.shape, generator=torch.Generator().manual_seed(0))
+    mu, z = normal(2, *s.v.shape)
     form = mass_power(s.structure, s.base, torch.zeros_like(s.v), mu, z, s.fields)
     torch.testing.assert_close(form, torch.einsum("bi,bij,bj->b", mu, s.mass, z), rtol=1e-10, atol=1e-12)
 
 
 def test_a_wrong_acceleration_leaves_a_residual() -> None:
     s = states(SCENES["ball arm"], 2)
-    moved = s.a + torch.tensor([[0.0], [1e-3]]) * s.a.abs().amax(-1, keepdim=True)
+    moved = s.a + torch.tensor([[0.0], [1e-3]], dtype=torch.float64) * s.a.abs().amax(-1, keepdim=True)
     found = solver_residual(s.structure, s.base, s.v, moved, s.act, s.ctrl, s.force, s.fields, s.active)
     assert found[0] < 1e-12
     assert found[1] > 1e-5
@@ -198,7 +200,7 @@ def test_damping_gives_mujocos_step(name: str, integrator: Damping) -> None:
         wanted = (torch.tensor(data.qvel) - s.v[row]) / step
         # (v+ - v)/h carries the rounding of v, 1e-16/0.002
         torch.testing.assert_close(w[row], wanted, rtol=1e-10, atol=1e-11 * float(wanted.abs().max()) + 1e-12)
-    mu, z = torch.randn(2, *s.v.shape, generator=torch.Generator().manual_seed(0))
+    mu, z = normal(2, *s.v.shape)
     form = damping_power(s.structure, s.base, torch.zeros_like(s.v), s.v, s.act, s.ctrl, mu, z, s.fields, integrator)
     torch.testing.assert_close(form, torch.einsum("bi,bij,bj->b", mu, damping, z), rtol=1e-9, atol=1e-9)
 
@@ -210,11 +212,10 @@ def test_damping_gives_mujocos_step(name: str, integrator: Damping) -> None:
 def test_second_derivatives_equal_differences_of_first(name: str) -> None:
     """Directional derivative of grad phi by double backward, against centred differences in lam, v, a and fields."""
     s = states(SCENES[name], 3)
-    generator = torch.Generator().manual_seed(2)
     names = ["body_mass", "body_ipos", "geom_friction", "jnt_solref", "dof_frictionloss", "eq_solimp", "actuator_gear"]
-    point = {"v": s.v, "lam": torch.randn(s.v.shape, generator=generator), "d": torch.zeros_like(s.v)}
+    point = {"v": s.v, "lam": normal(*s.v.shape), "d": torch.zeros_like(s.v)}
     point = {**point, **{key: s.fields[key].clone() for key in names if s.fields[key].numel()}}
-    along = {key: torch.randn(x.shape, generator=generator) * (1 + x.abs()) * 1e-2 for key, x in point.items()}
+    along = {key: normal(*x.shape, seed=i) * (1 + x.abs()) * 1e-2 for i, (key, x) in enumerate(point.items())}
     # d is exact to second order at 0 only, so the difference may not leave it: its share is taken from the other side
     along["d"] = torch.zeros_like(s.v)
 
@@ -243,7 +244,7 @@ def test_second_derivatives_equal_differences_of_first(name: str) -> None:
 
 def test_torch_func_transforms_agree() -> None:
     s = states(SCENES["elliptic capsule condim 6"], 4)
-    lam, tangent = torch.randn(2, *s.v.shape, generator=torch.Generator().manual_seed(0))
+    lam, tangent = normal(2, *s.v.shape)
     phi = lambda d: power(s, lam, d=d).sum()
     zero = torch.zeros_like(s.v)
     gradient = torch.func.grad(phi)(zero)
@@ -257,12 +258,12 @@ def test_torch_func_transforms_agree() -> None:
 @pytest.mark.parametrize("name", ["actuators, tendon", "elliptic capsule condim 6", "connect, weld, joint"])
 def test_a_batch_equals_its_environments_and_fields_may_differ(name: str) -> None:
     s = states(SCENES[name], 3)
-    scale = torch.tensor([1.0, 1.1, 0.9])
+    scale = torch.tensor([1.0, 1.1, 0.9], dtype=torch.float64)
     fields = dict(s.fields)
     for key in ("body_mass", "geom_friction", "dof_damping", "actuator_gainprm", "body_invweight0", "eq_solref"):
         value = s.fields[key]
         fields[key] = value * scale.reshape(-1, *(1,) * (value.ndim - 1))
-    lam = torch.randn(s.v.shape, generator=torch.Generator().manual_seed(0))
+    lam = normal(*s.v.shape)
     whole = power(s, lam, fields=fields)
     for row in range(3):
         one = slice(row, row + 1)
@@ -276,7 +277,7 @@ def test_a_batch_equals_its_environments_and_fields_may_differ(name: str) -> Non
 
 def test_shared_arguments_are_one_copy() -> None:
     s = states(SCENES["elliptic capsule condim 6"], 1)
-    lam = torch.randn(5, s.v.shape[1], generator=torch.Generator().manual_seed(0))
+    lam = normal(5, s.v.shape[1])
     active = freeze(s.structure, s.base, s.v, s.act, s.ctrl, s.force, s.a.expand(5, -1), s.fields)
     d = torch.zeros_like(s.v)
     at = (s.base, d, s.v, s.a)
@@ -290,8 +291,7 @@ def test_derivatives_are_finite_at_rest_in_the_reference_pose() -> None:
     for name in ("limits", "connect, weld, joint", "ball arm", "elliptic box condim 3", "free joint, driven"):
         tables = structure(mujoco.MjModel.from_xml_string(SCENES[name]))
         base = torch.tensor(tables.model.qpos0)[None]
-        v = torch.zeros(1, tables.model.nv)
-        act, ctrl = torch.zeros(1, tables.model.na), torch.zeros(1, tables.model.nu)
+        v, act, ctrl = (base.new_zeros(1, size) for size in (tables.model.nv, tables.model.na, tables.model.nu))
         fields = {key: x.clone().requires_grad_() for key, x in nominal_fields(tables).items()}
         active = freeze(tables, base, v, act, ctrl, v, v, fields)
         leaves = [torch.zeros_like(v).requires_grad_() for _ in range(3)]
@@ -314,7 +314,7 @@ def test_equal_frictions_share_the_derivative_and_priority_takes_it() -> None:
         phi = power(s, s.v, fields={**s.fields, "geom_friction": friction}).sum()
         (found,) = torch.autograd.grad(phi, friction)
         assert found[0, :, 0].abs().max() > 0
-        torch.testing.assert_close(found[0, :, 0] / found[0, :, 0].sum(), torch.tensor(shares))
+        torch.testing.assert_close(found[0, :, 0] / found[0, :, 0].sum(), torch.tensor(shares, dtype=torch.float64))
 
 
 _OFF = mujoco.mjtDisableBit
@@ -445,23 +445,26 @@ def test_fields_that_cannot_move_are_refused() -> None:
 
 
 def test_rotation_vector_is_the_logarithm_at_every_angle() -> None:
-    """Against MuJoCo's own, with the derivative of small angles against that of the rotation vector itself."""
-    generator = torch.Generator().manual_seed(0)
-    axis = torch.nn.functional.normalize(torch.randn(40, 3, generator=generator), dim=-1)
-    angle = torch.cat([torch.zeros(1), torch.logspace(-12, 0, 19) * 3.14, torch.linspace(-6.2, 6.2, 20)])[:, None]
-    q = torch.cat([(angle / 2).cos(), (angle / 2).sin() * axis], -1)
-    wanted = torch.zeros(40, 3)
+    """Against MuJoCo's own; the derivative at the identity, where the formula is 0/0, against that of exp."""
+    axis = torch.nn.functional.normalize(normal(40, 3), dim=-1)
+    real = {"dtype": torch.float64}
+    angle = torch.cat(
+        [torch.zeros(1, **real), 3.14 * torch.logspace(-12, 0, 19, **real), torch.linspace(-6.2, 6.2, 20, **real)]
+    )
+    half = angle[:, None] / 2
+    q = torch.cat([half.cos(), half.sin() * axis], -1)
+    wanted = torch.zeros(40, 3, **real)
     for mine, reference in zip(q.numpy(), wanted.numpy(), strict=True):
         mujoco.mju_quat2Vel(reference, mine, 1.0)
     torch.testing.assert_close(rotation_vector(q), wanted, rtol=1e-12, atol=1e-14)
-    slope = torch.func.jacfwd(lambda d: rotation_vector(quaternion_exp(d)))(torch.zeros(3))
-    torch.testing.assert_close(slope, torch.eye(3))
+    slope = torch.func.jacfwd(lambda d: rotation_vector(quaternion_exp(d)))(torch.zeros(3, **real))
+    torch.testing.assert_close(slope, torch.eye(3, **real))
 
 
 @pytest.mark.parametrize("power_", [1.0, 2.0, 3.5])
 def test_impedance_rises_from_dmin_to_dmax(power_: float) -> None:
-    solimp = torch.tensor([0.2, 0.9, 0.05, 0.3, power_])
-    x = torch.tensor([0.0, 0.015, -0.015, 0.05, 1.0])
-    found = impedance(x, solimp.expand(5, -1))
+    real = lambda *values: torch.tensor(values, dtype=torch.float64)
+    solimp = real(0.2, 0.9, 0.05, 0.3, power_).expand(5, -1)
+    found = impedance(real(0.0, 0.015, -0.015, 0.05, 1.0), solimp)
     middle = 0.2 + 0.7 * 0.3  # y(midpoint) = midpoint
-    torch.testing.assert_close(found, torch.tensor([0.2, middle, middle, 0.9, 0.9]))
+    torch.testing.assert_close(found, real(0.2, middle, middle, 0.9, 0.9))

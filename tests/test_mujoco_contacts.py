@@ -201,10 +201,10 @@ def test_derivatives_equal_differences_of_the_collision(first: str, second: str,
         value, slope = slopes(features)
         assert np.abs(value - reported(placed(s, q))).max() < 1e-6
         assert np.abs(slope - reference[0]).max() < bar1 * max(1.0, np.abs(reference[0]).max()), (contacts.rule, q)
-        if checked < 2 and contacts.order == 2:
+        if checked < 1 and contacts.order == 2:
             assert np.abs(bends(features) - reference[1]).max() < bar2 * max(1.0, np.abs(reference[1]).max()), q
         checked += 1
-        if checked == 5:
+        if checked == 4:
             return
     pytest.fail(f"only {checked} smooth contacts found")
 
@@ -262,7 +262,7 @@ def solved(s: Structure, kinds: tuple[str, str], q: Array, start: Array) -> Arra
 def test_smooth_contacts_differentiate_the_contact_problem(kinds: tuple[str, str]) -> None:
     """Rule B at a reading without the collider's noise, against differences of the solved contact problem."""
     s, rng, checked = scene(*kinds), np.random.default_rng(3), 0
-    while checked < 4:
+    while checked < 3:
         q = random_position(s, rng, 0.12, (0, 0))
         data = placed(s, q)
         if data.ncon != 1 or data.contact.dist[0] < -0.02 or data.contact.efc_address[0] < 0:
@@ -296,6 +296,61 @@ def test_smooth_contacts_differentiate_the_contact_problem(kinds: tuple[str, str
         checked += 1
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [("ellipsoid", "box"), ("ellipsoid", "mesh"), ("cylinder", "cylinder"), ("capsule", "cylinder")],
+    ids="-".join,
+)
+def test_smooth_contacts_follow_long_differences(kinds: tuple[str, str]) -> None:
+    """Faces, edges, vertices, sides and rims under rule B: noise of 2e-5 over steps of 1e-3 leaves 2e-2, while a wrong
+    curvature is wrong by 1."""
+    s, rng, checked, slack = scene(*kinds), np.random.default_rng(5), 0, []
+    while checked < 6:
+        q, direction = random_position(s, rng, 0.12, (0, 0)), rng.normal(size=s.model.nv)
+        data = placed(s, q)
+        if data.ncon != 1 or data.contact.dist[0] < -0.02 or data.contact.efc_address[0] < 0:
+            continue
+        reference = differences(s, q, direction, 1e-3)
+        contacts = frozen(s, data)
+        if reference is None or contacts.order == 2:
+            continue
+        assert contacts.rule.tolist() == [1]
+        slack.append(np.abs(slopes(along(s, contacts, q, direction))[1] - reference[0]).max())
+        checked += 1
+    assert sorted(slack)[-2] < 2e-2, slack  # one of the six may have its edge or its face inside the stencil
+
+
+def test_a_cube_of_triangles_touches_as_a_box() -> None:
+    corners = " ".join(f"{a} {b} {c}" for a in (-0.1, 0.1) for b in (-0.13, 0.13) for c in (-0.16, 0.16))
+    cube = MESH.split("vertex")[0].replace(".15 .15 .15", "1 1 1") + f'vertex="{corners}"/>'
+    box, mesh = (
+        scene("ellipsoid", "box"),
+        model_of(
+            f"""<mujoco><asset>{cube}</asset><worldbody>
+        <body name="A"><freejoint/><geom name="a" {SHAPES["ellipsoid"]} margin=".02" {PLACE}/></body>
+        <body name="B"><freejoint/><geom name="b" {SHAPES["mesh"]} pos="0 .01 .02" euler="-5 25 10"/></body>
+        </worldbody></mujoco>"""
+        ),
+    )
+    rng, met = np.random.default_rng(2), set()
+    for _ in range(200):
+        q = random_position(box, rng, 0.15, (0, 0))
+        data = placed(box, q)
+        if data.ncon != 1 or data.contact.dist[0] < -0.02:
+            continue
+        reading = freeze_contacts(box, 0, data)
+        if not len(reading.dist):
+            continue
+        contacts = join_contacts(box, [reading])
+        twin = join_contacts(mesh, [dataclasses.replace(reading)])
+        assert contacts.relative is not None
+        assert twin.relative is not None
+        size = contacts.relative.jacobian.abs().amax()
+        assert (contacts.relative.jacobian - twin.relative.jacobian).abs().amax() < 1e-5 * size
+        met.add(int((contacts.relative.jacobian[0, 3:6].abs() < 1e-6).all(0).sum()))
+    assert len(met) > 1  # faces and corners: a face fixes the normal to its own body
+
+
 # --- what the freeze reads
 
 
@@ -321,10 +376,8 @@ def test_several_environments_equal_each_one_alone_in_mujocos_order() -> None:
         value, _ = slopes(along(s, alone, q, np.zeros(s.model.nv)))
         assert torch.equal(together.geom[rows], torch.from_numpy(d.contact.geom).long())
         assert np.abs(value - reported(d)).max() < 1e-12
-        assert (
-            np.abs(torch.cat([found[0][rows, None], found[1][rows], found[2][rows].flatten(1)], 1) - value).max()
-            < 1e-14
-        )
+        joint = torch.cat([found[0][rows, None], found[1][rows], found[2][rows].flatten(1)], 1)
+        assert np.abs(joint.numpy() - value).max() < 1e-14
         assert torch.equal(together.dim[rows], torch.from_numpy(d.contact.dim).long())
         weights = s.model.body_invweight0[s.model.geom_bodyid[d.contact.geom], 0].sum(1)
         assert np.allclose(together.diag[rows], weights, rtol=1e-15)

@@ -38,6 +38,7 @@ from sim2real.simulators.switched_lqr import (
     switched_initial_states,
     switched_lqr,
     switched_matrices,
+    two_state_switched_lqr,
 )
 
 __all__ = [
@@ -98,4 +99,5 @@ __all__ = [
     "switched_lqr",
     "switched_matrices",
     "thermal_matrix",
+    "two_state_switched_lqr",
 ]

@@ -69,6 +69,40 @@ def switched_lqr(states: int, modes: int = 2, *, action_price: float = 0.1, limi
     )
 
 
+def two_state_switched_lqr(*, limit: float = 100.0) -> ModelMDP:
+    """The textbook example: x' = clip(A_d x + b_d u, -limit, limit), r = -(x'x + u^2), one input, both modes unstable.
+
+    theta = {"A": `[2, 2, 2]`, "B": `[2, 2]`}, one pair per mode; x_0 as above. Raises `ValueError` unless limit > 0.
+    """
+    if not limit > 0.0:
+        raise ValueError(f"needs a positive limit, got {limit}")
+    A = torch.tensor([[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [0.0, 0.5]]], dtype=torch.float64)
+    B = torch.tensor([[1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+
+    def initial_state(theta: Params, e0: Tensor) -> Tensor:
+        return _REACH / math.sqrt(2.0) * (2.0 * torch.special.ndtr(e0) - 1.0)
+
+    def step(theta: Params, state: Tensor, action: Tensor, e: Tensor) -> Tensor:
+        mode = action[..., 0].detach().long()
+        moved = (theta["A"][mode] @ state.unsqueeze(-1)).squeeze(-1) + theta["B"][mode] * action[..., 1:]
+        return moved.clamp(-limit, limit)
+
+    def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
+        return -(state.square().sum(-1) + action[..., 1].square())
+
+    names = {"state": ("x1", "x2"), "action": ("mode", "u"), "signal": ("x1", "x2")}
+    return ModelMDP(
+        initial_state=initial_state,
+        step=step,
+        reward=reward,
+        noise_dims=(2, 0),
+        dt=1.0,
+        names=names,
+        units=dict.fromkeys(("x1", "x2", "mode", "u"), "1"),
+        box=Box(unit={"A": "1", "B": "1"}, default={"A": A, "B": B}),
+    )
+
+
 def switched_matrices(states: int, modes: int) -> tuple[Tensor, Tensor]:
     """A `[n, n]` and the diagonals B `[modes, n]`."""
     draw = np.random.default_rng(0).standard_normal((states, states))

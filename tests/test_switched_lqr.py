@@ -12,13 +12,25 @@ from torch.autograd import gradcheck
 
 from benchmarks import switched_lqr_point
 from benchmarks.oracles.switched_lqr import optimal_cost, optimal_set
-from sim2real import default_params, rollout, sample_noise
+from sim2real import Noise, Policy, default_params, deterministic_policy, rollout, sample_noise
 from sim2real.simulators import (
     switched_initial_noise,
     switched_initial_states,
     switched_lqr,
     switched_matrices,
+    two_state_switched_lqr,
 )
+
+PUBLISHED = torch.tensor(
+    [
+        [[6.065, 1.206], [1.206, 1.905]],
+        [[9.087, 3.235], [3.235, 2.348]],
+        [[5.108, 1.266], [1.266, 1.935]],
+        [[7.219, 2.561], [2.561, 2.107]],
+    ],
+    dtype=torch.float64,
+)
+"""value matrices of the two-state example"""
 
 
 def test_a_step_by_hand() -> None:
@@ -90,3 +102,48 @@ def test_bad_sizes_are_named() -> None:
         switched_lqr(2, 3)
     with pytest.raises(ValueError, match="split"):
         switched_initial_states(2, "real")  # type: ignore[arg-type]
+
+
+def published_policy(theta: dict[str, torch.Tensor]) -> Policy:
+    """The mode and the matrix P whose Riccati step is least at x, and its input."""
+    A, b = theta["A"].unsqueeze(1), theta["B"].unsqueeze(1)
+    bPA = torch.einsum("mqi,qij,mqjk->mqk", b.expand(2, 4, 2), PUBLISHED, A.expand(2, 4, 2, 2))
+    gain = bPA / (1.0 + torch.einsum("mqi,qij,mqj->mq", b.expand(2, 4, 2), PUBLISHED, b.expand(2, 4, 2))).unsqueeze(-1)
+    form = torch.eye(2).double() + A.mT @ PUBLISHED @ A - bPA.unsqueeze(-1) * gain.unsqueeze(-2)
+
+    def act(nu: dict[str, torch.Tensor], state: torch.Tensor) -> torch.Tensor:
+        best = torch.einsum("bi,mqij,bj->bmq", state, form, state).flatten(1).argmin(-1)
+        inputs = -(gain.flatten(0, 1)[best] * state).sum(-1)
+        return torch.stack([(best // 4).double(), inputs], -1)
+
+    return deterministic_policy(act)
+
+
+def test_the_published_policy_of_the_two_state_example_is_optimal() -> None:
+    """Against value iteration over Riccati matrices, and the published matrices against its values."""
+    mdp = two_state_switched_lqr()
+    theta = default_params(mdp.box)
+    angle = torch.linspace(0.0, np.pi, 200).double()
+    start = 5.0 * torch.stack([angle.cos(), angle.sin()], -1)
+    calm = start.new_zeros(len(start), 40, 0)
+    noise = Noise(torch.special.ndtri(0.5 * (1.0 + start * 2**0.5 / 10.0)), calm, calm)
+    cost = -rollout(mdp, published_policy(theta), theta, {}, noise).rewards.sum(1)
+    A, B = (theta[key].numpy() for key in "AB")
+    eye = np.eye(2)
+    found = [eye]
+    for _ in range(14):  # converged to 1e-5 by then
+        grown = []
+        for P in found:
+            for a, b in zip(A, B, strict=True):
+                bPa = b @ P @ a
+                grown.append(eye + a.T @ P @ a - np.outer(bPa, bPa) / (1.0 + b @ P @ b))
+        found = []
+        for P in sorted(grown, key=np.trace):
+            if not any(np.linalg.eigvalsh(P - Q)[0] > -1e-3 for Q in found):
+                found.append(P)
+    best = optimal_cost(found, start.numpy())
+    # matrices closer than 1e-3 (of values above 1.9) were merged at each of 14 steps; the published have three digits
+    np.testing.assert_allclose(cost.numpy(), best, rtol=2e-3)
+    np.testing.assert_allclose(optimal_cost(list(PUBLISHED.numpy()), start.numpy()), best, rtol=3e-3)
+    with pytest.raises(ValueError, match="limit"):
+        two_state_switched_lqr(limit=0.0)

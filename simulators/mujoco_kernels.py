@@ -14,12 +14,14 @@ laws on hinges and slides; pyramidal contacts of planes, spheres and capsules; E
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import warp as wp
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forward import Kind
@@ -46,6 +48,8 @@ THREADED = 256
 """environments for each thread below which a pass uses fewer threads"""
 _LANES = LANES[torch.float64]
 _BYTES = 8
+_INDEX = {name: k for k, name in enumerate(SLOTS)}
+_COVERED = WORDS * len(SLOTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +59,9 @@ class _Plan:
     names: tuple[str, ...]
     variant: dict[Pass, Variant]
     kept: tuple[Tensor, ...]
-    """tables whose addresses are in `words`"""
-    words: tuple[int, ...]
-    nominal: dict[str, Tensor]
-    """fields that do not vary, `[1, length]`"""
-    lengths: tuple[int, ...]
-    """components of every slot"""
+    """tables and fields whose addresses are in `words`"""
+    words: NDArray[np.int64]
+    """all addresses, strides and sizes of a pass, where no argument is written yet"""
     shapes: tuple[tuple[int, ...], ...]
     """of the gradients by the program's inputs, without copies"""
     scratch: int
@@ -77,7 +78,7 @@ def kernel_products(structure: Structure, names: tuple[str, ...], kind: Kind) ->
 
     def push(x: Tensors, dx: Tensors, y: Tensors) -> tuple[Tensors, Tensor]:
         count = _copies((*x, *dx, *y))
-        dw = _empty(count, (structure.model.nv,))
+        dw = torch.empty(structure.model.nv, _width(count), dtype=torch.float64)[:, :count].T
         slots = _slots(plan, x, y)
         moves = _slots(plan, dx, ())
         covered = _run(plan, "push", count, slots, moves, {"cotangent": dw}, {})
@@ -120,7 +121,10 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     kept = [torch.from_numpy(np.append(found.integers[name], 0).astype(np.int32)) for name in INTEGERS]
     kept += [torch.from_numpy(np.append(found.reals[name], 0.0)) for name in REALS]
     numbers = np.array([found.numbers[name] for name in NUMBERS]).view(np.int64)
-    words = [t.data_ptr() for t in kept] + [sizes[name] for name in SIZES] + [int(number) for number in numbers]
+    words = np.zeros(WORDS * len(SLOTS) + 1, np.int64)
+    for name, array in nominal.items():
+        kept.append(_describe(words, 0, name, array, 2))
+    static = [t.data_ptr() for t in kept[: len(INTEGERS) + len(REALS)]] + [sizes[name] for name in SIZES]
     soft = bool(SOFT & set(names))
     quadratic = powers_are_quadratic(model) and not soft
     implicit = kind != "explicit"
@@ -130,9 +134,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
         names=names,
         variant={which: Variant(which, implicit, soft, quadratic) for which in ("push", "pull", "second")},
         kept=tuple(kept),
-        words=tuple(words),
-        nominal=nominal,
-        lengths=tuple(lengths),
+        words=np.concatenate([words, np.array(static, np.int64), numbers]),
         shapes=tuple(shapes),
         scratch=scratch_numbers(sizes),
     )
@@ -150,14 +152,26 @@ def _chosen(plan: _Plan, grads: Tensors, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def _room(plan: _Plan, count: int, wanted: Wanted) -> Tensors:
-    """New gradients of the wanted inputs `[C, *shape]`; that by the base is zero."""
-    shapes = [(shape, k) for k, (shape, want) in enumerate(zip(plan.shapes, wanted, strict=True)) if want]
-    return tuple(_empty(count, shape).zero_() if k == 0 else _empty(count, shape) for shape, k in shapes)
+    """New gradients of the wanted inputs `[C, *shape]`, environments side by side; that by the base is zero."""
+    shapes = [shape for shape, want in zip(plan.shapes, wanted, strict=True) if want]
+    width = _width(count)
+    rows = torch.empty(sum(map(math.prod, shapes)) * width, dtype=torch.float64)
+    found, offset = [], 0
+    for shape in shapes:
+        steps = [width * math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        found.append(rows.as_strided((count, *shape), (1, *steps), offset))
+        offset += width * math.prod(shape)
+    if wanted[0]:
+        found[0].zero_()
+    return tuple(found)
 
 
-def _empty(count: int, shape: Sequence[int]) -> Tensor:
-    """A new tensor `[C, *shape]` with the environments side by side."""
-    return torch.empty(*shape, count, dtype=torch.float64).movedim(-1, 0)
+def _width(count: int) -> int:
+    """Environments from one component to the next: an odd number of cache lines.
+
+    Components a power of two apart would all share one set of the cache.
+    """
+    return _LANES * (-(-count // _LANES) | 1)
 
 
 def _copies(tensors: Sequence[Tensor]) -> int:
@@ -177,17 +191,11 @@ def _run(
     covered = torch.zeros(count, dtype=torch.bool)
     if count == 0:
         return covered
-    kept: list[Tensor] = []
-    words: list[int] = []
-    for name in SLOTS:
-        value = slots.get(name)
-        for tensor in (plan.nominal.get(name) if value is None else value, moves.get(name)):
-            words += _described(tensor, count, kept)
-        for tensor in (out.get(name), second_out.get(name)):
-            words += _described(tensor, count, kept, written=True)
-    pointers = torch.tensor([*words, covered.data_ptr(), *plan.words], dtype=torch.int64)
-    assert len(pointers) == WORDS * len(SLOTS) + 1 + len(plan.words)
-    array = wp.from_torch(pointers, return_ctype=True)
+    words = plan.words.copy()
+    parts = ((k, *part) for k, given in enumerate((slots, moves, out, second_out)) for part in given.items())
+    kept = [_describe(words, k, name, tensor, count) for k, name, tensor in parts]
+    words[_COVERED] = covered.data_ptr()
+    array = wp.from_torch(torch.from_numpy(words), return_ctype=True)
     chosen = kernel(plan.variant[which])
     width = plan.scratch * _LANES * (1 if which == "pull" else 2)
 
@@ -198,21 +206,17 @@ def _run(
 
     threads = max(1, min(torch.get_num_threads(), count // THREADED))
     in_slices(chosen, run, -(-count // _LANES), threads)
+    del kept  # what is described lives until here
     return covered
 
 
-def _described(tensor: Tensor | None, count: int, kept: list[Tensor], *, written: bool = False) -> tuple[int, int, int]:
-    """Address and strides, in bytes, of a tensor `[C or 1, ...]` as rows of components; zeros for none."""
-    if tensor is None or tensor.numel() == 0:
-        return 0, 0, 0
-    rows = tensor if tensor.dim() == 2 else _flat(tensor)
-    if written and rows.data_ptr() != tensor.data_ptr():
-        raise RuntimeError("a gradient must be written in place")
-    kept.append(rows)
-    step = 0 if len(rows) == 1 < count else rows.stride(0)
-    return rows.data_ptr(), step * _BYTES, rows.stride(1) * _BYTES
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """`[C, ...] -> [C, length]`, a view where the strides allow."""
-    return tensor.reshape(len(tensor), -1)
+def _describe(words: NDArray[np.int64], part: int, name: str, tensor: Tensor, count: int) -> Tensor:
+    """Write address and strides, in bytes, of a tensor `[C or 1, ...]` as rows of components; the tensor described."""
+    rows = tensor if tensor.dim() == 2 else tensor.flatten(1) if tensor.dim() > 2 else tensor[:, None]  # views if dense
+    if rows.numel():
+        at = WORDS * _INDEX[name] + 3 * part
+        step, across = rows.stride()
+        words[at] = rows.data_ptr()
+        words[at + 1] = 0 if len(rows) == 1 < count else step * _BYTES
+        words[at + 2] = across * _BYTES
+    return rows

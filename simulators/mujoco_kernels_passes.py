@@ -173,7 +173,8 @@ auto keep = [&](long long base, long long step, V x) {{
     char* at = (char*)base + i * step;
     alignas(V) T lane[W];
     *(V*)lane = x;
-    for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lane[j];
+    if (step == sizeof(T) && n == W) __builtin_memcpy(at, lane, sizeof(V));
+    else for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lane[j];
 }};
 auto given = [&](int s, int c) -> V {{
     const long long* x = slot + {words} * s;

@@ -4,7 +4,7 @@
 
 Bodies carry wrenches (`load`), degrees of freedom carry forces (`push`); r_d = S_d . (loads of all that d carries) +
 push_d. A contact acts by its spatial stiffness  Phi = sum_kl K_kl X_k X_l'  (K = s'' in its frame, X_k the wrench of
-its k-th direction), which adds to the composite inertia of its body: no Jacobian is formed. Between two moving bodies, the
+its k-th direction), which adds to the composite inertia of its body: no Jacobian is formed. Between moving bodies, the
 products of one chain with the other are subtracted, and H is factored as full.
 """
 

@@ -92,6 +92,13 @@ _FREE_DRIVEN = (
     '<actuator><general joint="f" gear="1 2 3 4 5 6"/><general jointinparent="f" gear="0 2 3 4 5 6"/>'
     '<position joint="f" kp="3" kv="1" gear="0 0 1 0 0 1"/></actuator>'
 )
+_TIES = (
+    '<tendon><fixed name="t1"><joint joint="h1" coef=".7"/></fixed>'
+    '<fixed name="t2"><joint joint="h2" coef="1"/></fixed></tendon>'
+    '<equality><connect site1="b" site2="c"/><tendon tendon1="t1" tendon2="t2" polycoef=".1 .5 .1 0 0"/>'
+    '<joint joint1="s1" polycoef=".01 0 0 0 0"/><weld body1="y" solref=".05 1"/></equality>'
+)
+_ADHESION = '<actuator><adhesion body="box" gain="3" ctrlrange="0 1"/></actuator>'
 
 SCENES: dict[str, str] = {
     "pyramid box": scene(free("box")),
@@ -111,6 +118,11 @@ SCENES: dict[str, str] = {
     "actuators, tendon": scene(arm(), extra=TENDON + ACTUATORS),
     "free joint, driven": scene(free("box", z=0.8, joint=_FREE_JOINT), extra=_FREE_DRIVEN),
     "connect, weld, joint": scene(arm() + _LOOSE, extra=EQUALITIES),
+    "sites, tendons, world tied": scene(
+        arm(tip='<site name="b" pos=".1 0 .02"/>')
+        + _LOOSE.replace("<geom", '<site name="c" pos=".01 .02 .03"/><geom', 1),
+        extra=_TIES,
+    ),
     "static bodies": scene(_STATIC),
     "gravity compensation": scene(
         arm(hinge='actuatorgravcomp="true"', body='gravcomp=".7"'), extra='<actuator><motor joint="h2"/></actuator>'
@@ -118,6 +130,7 @@ SCENES: dict[str, str] = {
     "joint force range": scene(
         arm(hinge='actuatorfrcrange="-.3 .3"'), extra='<actuator><position joint="h1" kp="20" kv="1"/></actuator>'
     ),
+    "adhesion": scene(free("box"), extra=_ADHESION),
     "fluid": scene(arm(), option='density="1000" viscosity=".1"'),
     "spatial tendon, site, muscle": scene(
         '<site name="a" pos="0 .1 1"/>' + arm(tip='<site name="b" pos=".1 0 .02"/>'), extra=_SPATIAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def fit_command(config: FitConfig, words: Sequence[str], progress: Progress) -> 
         episodes = [name for name in log.names["episode"] if name not in settings.leave_out]
         parameters = _fit_parameters(result, mdp, spec, log, episodes, provenance("fit", config, words, log))
         write_parameters(workspace.folder, parameters)
+        write_model_files(workspace.folder, spec, result.theta)
         if config.report:
             html = fit_report(result, parameters, spec["_target_"].rpartition(".")[2])
             write_atomic(workspace.folder / "report.html", html.encode())
@@ -136,6 +138,14 @@ def make_model(model: Any, given: ParameterSet | None, dt: float | None) -> tupl
     if not isinstance(mdp, ModelMDP):
         raise UsageError(f"model {options['_target_']} returned {type(mdp).__name__}, expected a sim2real.ModelMDP")
     return mdp, options
+
+
+def write_model_files(folder: Path, spec: Mapping[str, Any], theta: Params) -> None:
+    """What the model's module itself writes of a result, through its function `write_identified`, if it has one."""
+    module = importlib.import_module(str(spec["_target_"]).rpartition(".")[0])
+    write = getattr(module, "write_identified", None)
+    if write is not None:
+        write(folder, theta, **{name: value for name, value in spec.items() if name != "_target_"})
 
 
 def _model_options(model: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sim2real.commands import (
     provenance,
     read_log,
     start_values,
+    write_model_files,
 )
 from sim2real.conf import LinearPolicy, TuneConfig
 from sim2real.conf.compose import UsageError, resolve_function
@@ -70,6 +71,7 @@ def tune_command(config: TuneConfig, words: Sequence[str], progress: Progress) -
         _export(folder / "policy", task, result.nu)
         parameters = _parameters(result, task, provenance("tune", config, words, task.log))
         write_parameters(folder, parameters)
+        write_model_files(folder, task.spec, result.theta)
         if config.report:
             html = tune_report(result, parameters, gaussian(task.given, task.free))
             write_atomic(folder / "report.html", html.encode())

@@ -1,7 +1,7 @@
 """Physical properties of the elements of a MuJoCo model: which numbers they are, in which unit, between which bounds.
 
 A property is named `ELEMENT.PROPERTY` or `ELEMENT.PROPERTY.COMPONENT`, as in `torso.mass`, `floor.friction.slide`,
-`thigh_joint.damping`; `KIND:` in front tells elements of one name apart (`geom:torso.friction`), `KIND#3` is the
+`thigh_joint.damping`; `KIND:` in front tells elements of one name apart (`geom:torso.friction`), `KIND@3` is the
 fourth of its kind where it has no name. `gravity` (with .x, .y, .z) belongs to no element.
 """
 
@@ -68,8 +68,8 @@ class Place:
 
 
 def element_name(model: mujoco.MjModel, kind: str, index: int) -> str:
-    """The name of an element, or `kind#index` where it has none."""
-    return mujoco.mj_id2name(model, _OBJECTS[kind], index) or f"{kind}#{index}"
+    """The name of an element, or `kind@index` where it has none."""
+    return mujoco.mj_id2name(model, _OBJECTS[kind], index) or f"{kind}@{index}"
 
 
 def element_names(model: mujoco.MjModel, kind: str) -> list[str]:

@@ -79,7 +79,7 @@ READ = [
     ("floor.friction", "geom_friction", (0,), "1, m, m"),
     ("floor.friction.slide", "geom_friction", (0, 0), "1, m, m"),
     ("geom:ball.solref.time_constant", "geom_solref", (4, 0), "s, 1"),
-    ("geom#2.solimp", "geom_solimp", (2,), "1"),
+    ("geom@2.solimp", "geom_solimp", (2,), "1"),
     ("hold.gear", "actuator_gear", (0, 0), "1"),
     ("hold.kp", "actuator_gainprm", (0, 0), "N/1"),
     ("spin.kv", "actuator_gainprm", (1, 0), "N s/1"),

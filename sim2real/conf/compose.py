@@ -26,6 +26,12 @@ EXTRAS = ("mujoco", "warp")
 """engines that an extra of the same name installs"""
 
 
+SHORT = {"xml": "model.xml", "theta": "model.theta"}
+"""words that mean a key of the model, where it has that key; theta.NAME= stays the start value of NAME"""
+_SPECIAL = re.compile(r"([\\()\[\]{}:=, \t])")
+"""characters to which Hydra gives a meaning in a key of a dictionary"""
+
+
 class UsageError(ValueError):
     """The command line asks for something that does not exist or does not fit; the message says what does."""
 
@@ -73,6 +79,7 @@ def compose_config(command: str, words: Sequence[str]) -> Any:
         keys |= (
             {key.name: key for key in keys_of(GROUPS[group][choice], group + ".")} if choice in GROUPS[group] else {}
         )
+    words = [_spelled_out(word, keys) for word in words]
     columns = [word.removeprefix("schema.") for word in words if word.startswith("schema.")]
     plain = [word for word in words if not word.startswith("schema.") and word.partition("=")[0] not in chosen]
     overrides = [f"+{group}={choice}" for group, choice in chosen.items() if choice]
@@ -134,13 +141,19 @@ def _choice(group: str, words: Sequence[str]) -> str:
     return named[-1]
 
 
+def _spelled_out(word: str, keys: dict[str, Key]) -> str:
+    name, equals, value = word.partition("=")
+    return f"{SHORT[name]}{equals}{value}" if SHORT.get(name) in keys else word
+
+
 def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> str:
     """The word as a Hydra override; raises `UsageError` for anything but a known key and a value."""
     name, equals, value = word.partition("=")
-    parent = name.rpartition(".")[0]
+    parent = next((key for key in keys if keys[key].open and name.startswith(f"{key}.")), name.rpartition(".")[0])
     if not equals:
         raise UsageError(f"'{word}' is not of the form key=value{nearest(word, keys)}; see sim2real {command} --help")
-    free = (parent in keys and keys[parent].open) or (parent == "model" and (custom or name == "model._target_"))
+    chosen = parent in keys and keys[parent].open
+    free = chosen or (parent == "model" and (custom or name == "model._target_"))
     if name not in keys and not free:
         raise UsageError(f"unknown key '{name}'{nearest(name, keys)}; see sim2real {command} --help")
     if name in keys and keys[name].path and not value:
@@ -154,6 +167,10 @@ def _checked(command: str, keys: dict[str, Key], word: str, *, custom: bool) -> 
         # backslashes count only before a quote
         escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
         value = f"'{escaped}'"
+    entry = name.removeprefix(f"{parent}.")
+    if chosen and "." in entry:  # torso.mass is one name, not two levels
+        quoted = _SPECIAL.sub(r"\\\1", entry)
+        return f"++{parent}={{{quoted}: {value}}}"
     return f"{'' if name in keys else '++'}{name}={value}"
 
 

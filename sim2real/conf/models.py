@@ -6,6 +6,9 @@ A twin has the options of the torch model, and its parameters with the same name
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
 
 from sim2real.conf.keys import key
 
@@ -126,6 +129,27 @@ class DynamicBicycleModel:
 
 
 @dataclass
+class MujocoModel:
+    """A MuJoCo XML file; signals and actions are named after its joints (JOINT, JOINT_velocity) and actuators."""
+
+    _target_: str = "sim2real.simulators.mujoco_command.mujoco_from_xml"
+    xml: str = key(MISSING, "", "XML file, also xml=; it is taken as untrusted", path=True)
+    theta: Any = key(  # noqa: RUF009
+        MISSING, "", "its parameters, also theta=: [torso.mass,*.damping] or {torso.mass: [low,high]}"
+    )
+    dt: float | None = key(None, "s", "control period; default: the sampling period of the log")
+    timestep: float | None = key(None, "s", "engine time step; default: the XML's")
+    folder: str | None = key(None, "", "where files that the XML names may lie; default: its own folder", path=True)
+    initial: str | None = key(None, "", "keyframe at which in-sim rollouts start; default: the reference pose")
+    initial_std: float = key(0.0, "SI", "standard deviation of the start state of in-sim rollouts")
+    delay: float = key(0.0, "s", "of the controls")
+    weights: str = key(
+        "frozen", "", "whether contact softness moves with mass, as compiling anew would", choices=("frozen", "moving")
+    )
+    discount: float = key(1.0, "1/step", "in-sim discount")
+
+
+@dataclass
 class WarpPendulumModel(PendulumModel):
     """The model pendulum as a Warp kernel."""
 
@@ -190,6 +214,7 @@ MODELS: dict[str, type] = {
     "planar_quadrotor": PlanarQuadrotorModel,
     "kinematic_bicycle": KinematicBicycleModel,
     "dynamic_bicycle": DynamicBicycleModel,
+    "mujoco": MujocoModel,
     "warp_pendulum": WarpPendulumModel,
     "warp_double_pendulum": WarpDoublePendulumModel,
     "warp_cartpole": WarpCartpoleModel,

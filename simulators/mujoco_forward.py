@@ -27,6 +27,8 @@ from mujoco.batch import Batch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sim2real.simulators.mujoco_messages import engine_messages
+
 Kind = Literal["explicit", "eulerdamp", "implicitfast", "implicit"]
 Array = NDArray[np.float64]
 Accelerate = Callable[
@@ -97,10 +99,11 @@ def accelerate(model: Any, names: tuple[str, ...], kind: Kind, *, threads: int =
                 target[:] = source
             for name, array in given.items():
                 _write(pool, table, name, array)
-            if kind == "explicit":
-                pool.batch.forward()
-            else:
-                pool.batch.step()
+            with engine_messages():
+                if kind == "explicit":
+                    pool.batch.forward()
+                else:
+                    pool.batch.step()
             a, smooth, constraint, mass = pool.outputs
             w = a.copy() if kind == "explicit" else (pool.qvel - arrays[1]) / model.opt.timestep
             residual = _residual(table, mass, a, smooth + constraint, np.maximum(abs(smooth), abs(constraint)))

@@ -26,6 +26,7 @@ from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 from sim2real.simulators.mujoco_acceleration import Backend
 from sim2real.simulators.mujoco_integrators import activations, add_tangent
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_pairs import check_contact_pairs
 from sim2real.simulators.mujoco_parameters import DELAY, ThetaSpec, Weights, field_map, parameter_model
 from sim2real.simulators.mujoco_rollout import segmented_rollout
@@ -104,7 +105,8 @@ def mujoco_model(
     and `ValueError` for settings that do not fit the model.
     """
     _check_settings(frame_skip, delay, truncation, segment)
-    model = source if isinstance(source, mujoco.MjModel) else _compiled(source, theta)
+    with engine_messages():
+        model = source if isinstance(source, mujoco.MjModel) else _compiled(source, theta)
     if check_pairs:
         check_contact_pairs(model)
     tables = structure(model)

@@ -94,7 +94,7 @@ def torch_products(structure: Structure, names: tuple[str, ...], kind: Kind) -> 
     condition = _Condition(structure, names, kind, nominal_fields(structure))
 
     def push(x: Tensors, dx: Tensors, y: Tensors) -> Tensors:
-        point = _linearise(condition, x, y)
+        point = _linearise(condition, x, y, dx)
         with torch.enable_grad():
             z = tuple(torch.zeros_like(part).requires_grad_() for part in point.y)
             leaves = _leaves(point.x)
@@ -103,12 +103,12 @@ def torch_products(structure: Structure, names: tuple[str, ...], kind: Kind) -> 
         return _tangents(point, rows)[-1], torch.zeros_like(point.y[0])
 
     def pull(x: Tensors, y: Tensors, g: Tensors, wanted: Wanted) -> Tensors:
-        point = _linearise(condition, x, y)
+        point = _linearise(condition, x, y, g)
         return _chosen(_by_inputs(condition, point, _adjoint(point, (g[0],)), wanted), wanted)
 
     def second(arguments: tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors], wanted: Wanted) -> Tensors:
         x, dx, y, _, g, h = arguments
-        point = _linearise(condition, x, y)
+        point = _linearise(condition, x, y, (*dx, *g, *h))
         _check_second_order(condition, point)
         by_x, by_dx = _second(condition, point, dx, g[0], h[0])
         return _chosen((*by_x, *by_dx), wanted)
@@ -116,9 +116,9 @@ def torch_products(structure: Structure, names: tuple[str, ...], kind: Kind) -> 
     return Products(push, pull, second)
 
 
-def _linearise(condition: _Condition, x: Tensors, y: Tensors) -> _Point:
-    """Expand to C copies, freeze contacts and zones at the states, factor H."""
-    copies = max(len(t) for t in (*x, *y))
+def _linearise(condition: _Condition, x: Tensors, y: Tensors, directions: Tensors) -> _Point:
+    """Expand to the copies of all arguments, freeze contacts and zones at the states, factor H."""
+    copies = max(len(t) for t in (*x, *y, *directions))
     x = tuple(t.expand(copies, *t.shape[1:]) for t in x)
     w, a = (t.expand(copies, *t.shape[1:]) for t in y)
     base, _, v, act, ctrl, force = x[: len(STATE)]

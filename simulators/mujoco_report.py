@@ -26,6 +26,7 @@ from torch import Tensor
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
 from sim2real.simulators.mujoco_forward import accelerate, write_fields
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_step import StepSettings, control_step, engine_inputs, to_engine
 from sim2real.simulators.mujoco_system import MujocoSystem, State, advance
 
@@ -66,7 +67,7 @@ def rollout_report(
     before: list[bytes] = []
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     theta = {key: value.detach() for key, value in theta.items()}
-    with torch.no_grad():
+    with torch.no_grad(), engine_messages():
         for t in range(actions.shape[1]):
             inputs = engine_inputs(
                 system, settings, theta, *(to_engine(x[:, t].detach()) for x in (states, actions, noise))

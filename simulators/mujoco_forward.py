@@ -57,6 +57,8 @@ class _Pool:
     qvel: Array
     outputs: tuple[Array, ...]
     """qacc, qfrc_smooth, qfrc_constraint, M"""
+    square: Array
+    """`[nsim, nv nv]` scratch: M, zero where it has no entry"""
 
 
 def integration(model: Any) -> tuple[Literal["euler", "rk4"], Kind]:
@@ -106,10 +108,10 @@ def accelerate(model: Any, names: tuple[str, ...], kind: Kind, *, threads: int =
                     pool.batch.step()
             a, smooth, constraint, mass = pool.outputs
             w = a.copy() if kind == "explicit" else (pool.qvel - arrays[1]) / model.opt.timestep
-            residual = _residual(table, mass, a, smooth + constraint, np.maximum(abs(smooth), abs(constraint)))
-            found = torch.from_numpy(w), torch.from_numpy(a.copy()), torch.from_numpy(residual)
-        _check_finite(found[0], found[2])
-        return found
+            residual = _residual(table, pool.square, mass, a, smooth, constraint)
+            found = w, a.copy(), residual
+        _check_finite(residual)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(residual)
 
     return value
 
@@ -123,7 +125,7 @@ def _pool(model: Any, names: tuple[str, ...], count: int, threads: int) -> _Pool
         if name in _FOLLOWING:
             fields[_FOLLOWING[name]] = batch.expand(_FOLLOWING[name])
     outputs = tuple(batch.bind(name) for name in ("qacc", "qfrc_smooth", "qfrc_constraint", "M"))
-    return _Pool(batch, inputs, fields, {}, inputs[1], outputs)
+    return _Pool(batch, inputs, fields, {}, inputs[1], outputs, np.zeros((count, model.nv**2)))
 
 
 def _write(pool: _Pool, table: _Tables, name: str, value: Array) -> None:
@@ -209,24 +211,23 @@ def _descendants(model: Any) -> Array:
     return descendants
 
 
-def _residual(table: _Tables, mass: Array, a: Array, force: Array, size: Array) -> Array:
-    """Largest entry of M a - force over the largest force, per environment."""
+def _residual(table: _Tables, square: Array, mass: Array, a: Array, smooth: Array, constraint: Array) -> Array:
+    """Largest entry of M a - forces over the largest force, per environment; `square` is scratch for M."""
     count, nv = a.shape
     if not nv:
         return np.zeros(count)
-    square = np.zeros((count, nv * nv))
     square[:, table.entry] = mass[:, table.place]
     inertial = np.matmul(square.reshape(count, nv, nv), a[..., None])[..., 0]
-    scale = np.maximum(size, abs(inertial)).max(-1)
-    return abs(inertial - force).max(-1) / np.where(scale > 0.0, scale, 1.0)
+    scale = np.maximum(np.maximum(abs(smooth), abs(constraint)), abs(inertial)).max(-1)
+    return abs(inertial - smooth - constraint).max(-1) / np.where(scale > 0.0, scale, 1.0)
 
 
-def _check_finite(w: Tensor, residual: Tensor) -> None:
-    if bool(torch.isfinite(w).all()) and bool(torch.isfinite(residual).all()):
+def _check_finite(residual: Array) -> None:
+    """A state, force or acceleration that is not finite leaves no finite residual."""
+    if not len(residual) or np.isfinite(residual.max()):
         return
-    bad = ~(torch.isfinite(w).all(-1) & torch.isfinite(residual))
-    rows = bad.nonzero().flatten().tolist()
+    rows = np.flatnonzero(~np.isfinite(residual)).tolist()
     raise SimulationDivergedError(
-        f"the acceleration of {len(rows)} of {len(w)} environments is not finite (first rows: {rows[:8]}); "
+        f"the acceleration of {len(rows)} of {len(residual)} environments is not finite (first rows: {rows[:8]}); "
         "bound the actions, shorten the time step, or end the episode (terminal) before the state grows"
     )

@@ -209,7 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", help="write the figure to this file")
     arguments, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    small = replace(Settings(), sizes=(3,), width=32, epochs=8, paths=256, batch=32)
+    small = replace(Settings(), sizes=(3,), width=32, epochs=3, paths=256, batch=32)
     drawn = main(small if arguments.quick else Settings(), arguments.seed)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

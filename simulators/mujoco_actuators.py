@@ -18,22 +18,21 @@ from torch import Tensor
 
 from sim2real.simulators.mujoco_forces import Fields, coordinates, disabled, joint_quaternion
 from sim2real.simulators.mujoco_integrators import activation_rate, activations, next_activation
+from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_quaternions import quaternion_matrix, rotation_vector
 from sim2real.simulators.mujoco_structure import Joint, Structure
 
 _OFF, _AFFINE = mujoco.mjtDisableBit, int(mujoco.mjtGain.mjGAIN_AFFINE)
 
 
-def actuator_force(
-    structure: Structure, base: Tensor, d: Tensor, v: Tensor, act: Tensor, ctrl: Tensor, fields: Fields
-) -> Tensor:
+def actuator_force(structure: Structure, state: State, fields: Fields) -> Tensor:
     """qfrc_actuator [B, nv] of the covered actuators."""
     model = structure.model
     if not model.nu or disabled(structure, _OFF.mjDSBL_ACTUATION):
-        return 0 * (base[:, :1] + d[:, :1]) * v
-    length, moment = _transmission(structure, base, d, fields)
-    rate = (moment * v[:, None]).sum(-1)
-    drive = _drive(structure, act, ctrl, fields)
+        return 0 * (state.base[:, :1] + state.d[:, :1]) * state.v
+    length, moment = _transmission(structure, state, fields)
+    rate = (moment * state.v[:, None]).sum(-1)
+    drive = _drive(structure, state, fields)
     raw = _law(structure, length, rate, drive, fields)
     force = _covered(structure) * torch.clamp(raw, *_bounds(model.actuator_forcelimited, model.actuator_forcerange))
     total = (force[..., None] * moment).sum(-2)
@@ -41,17 +40,7 @@ def actuator_force(
     return torch.clamp(total, low, high)
 
 
-def actuator_derivative(
-    structure: Structure,
-    base: Tensor,
-    d: Tensor,
-    v: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    mu: Tensor,
-    w: Tensor,
-    fields: Fields,
-) -> Tensor:
+def actuator_derivative(structure: Structure, state: State, mu: Tensor, w: Tensor, fields: Fields) -> Tensor:
     """mu' d(qfrc_actuator)/dv w [B], as MuJoCo's implicit integrators have it.
 
     An actuator at the bound of its force adds nothing, nor one on a joint whose total force is at its bound.
@@ -59,9 +48,9 @@ def actuator_derivative(
     model = structure.model
     if not model.nu or disabled(structure, _OFF.mjDSBL_ACTUATION):
         return (mu * w).sum(-1) * 0
-    length, moment = _transmission(structure, base, d, fields)
-    rate = (moment * v[:, None]).sum(-1)
-    drive = _drive(structure, act, ctrl, fields)
+    length, moment = _transmission(structure, state, fields)
+    rate = (moment * state.v[:, None]).sum(-1)
+    drive = _drive(structure, state, fields)
     gain, bias = _affine(structure)
     slope = gain * fields["actuator_gainprm"][..., 2] * drive + bias * fields["actuator_biasprm"][..., 2]
     low, high = _bounds(model.actuator_forcelimited, model.actuator_forcerange)
@@ -83,20 +72,21 @@ def clamped_ctrl(structure: Structure, ctrl: Tensor) -> Tensor:
     return torch.clamp(ctrl, *_bounds(structure.model.actuator_ctrllimited, structure.model.actuator_ctrlrange))
 
 
-def _drive(structure: Structure, act: Tensor, ctrl: Tensor, fields: Fields) -> Tensor:
+def _drive(structure: Structure, state: State, fields: Fields) -> Tensor:
     """What the gain multiplies [B, nu]: the control, or the activation (already advanced where actearly)."""
     model = structure.model
+    act, ctrl = state.act, state.ctrl
     u = clamped_ctrl(structure, ctrl)
     if not model.na:
         return u
-    state, table = act, activations(model)
+    table = activations(model)
     early = torch.as_tensor(model.actuator_actearly.astype(bool))[table.actuator]
     if early.any():
         dynprm = fields["actuator_dynprm"]
         later = next_activation(table, act, activation_rate(table, act, ctrl, dynprm), dynprm)
-        state = torch.where(early, later, act)
+        act = torch.where(early, later, act)
     address = torch.as_tensor(model.actuator_actadr.astype(np.int64))
-    return torch.where(address >= 0, state[:, address.clamp(min=0)], u)
+    return torch.where(address >= 0, act[:, address.clamp(min=0)], u)
 
 
 def _law(structure: Structure, length: Tensor, rate: Tensor, drive: Tensor, fields: Fields) -> Tensor:
@@ -107,30 +97,30 @@ def _law(structure: Structure, length: Tensor, rate: Tensor, drive: Tensor, fiel
     return factor * drive + bias * (b[..., 0] + b[..., 1] * length + b[..., 2] * rate)
 
 
-def _transmission(structure: Structure, base: Tensor, d: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
+def _transmission(structure: Structure, state: State, fields: Fields) -> tuple[Tensor, Tensor]:
     """Lengths [B, nu] and moments [B, nu, nv]."""
     gear = fields["actuator_gear"]
     moment = gear[..., :1] * structure.transmission
-    length = (moment * coordinates(structure, base, d)[:, None]).sum(-1)
+    length = (moment * coordinates(structure, state)[:, None]).sum(-1)
     if not structure.turning:
         return length, moment
     batch = length.shape[0]
     lengths, moments = list(length.unbind(1)), list(moment.expand(batch, -1, -1).unbind(1))
     for actuator, joint, in_parent in structure.turning:
-        lengths[actuator], moments[actuator] = _turning(joint, in_parent, gear[:, actuator], base, d)
+        lengths[actuator], moments[actuator] = _turning(joint, in_parent, gear[:, actuator], state)
     return torch.stack([y.expand(batch) for y in lengths], 1), torch.stack([m.expand(batch, -1) for m in moments], 1)
 
 
-def _turning(joint: Joint, in_parent: bool, gear: Tensor, base: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def _turning(joint: Joint, in_parent: bool, gear: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """Length [B] and moment [B, nv] of an actuator on a ball or a free joint."""
     shift = 3 if joint.kind == "free" else 0
     at = lambda k: torch.tensor([k + shift])
-    turn = joint_quaternion(base, d, at(joint.qpos), at(joint.dof))[:, 0]
+    turn = joint_quaternion(state, at(joint.qpos), at(joint.dof))[:, 0]
     torque = gear[:, shift : shift + 3]
     if in_parent:
         torque = (quaternion_matrix(turn).transpose(-1, -2) @ torque[..., None]).squeeze(-1)
     width = shift + 3
-    place = torch.eye(width, d.shape[-1], dtype=d.dtype, device=d.device).roll(joint.dof, 1)
+    place = torch.eye(width, state.v.shape[-1], dtype=state.v.dtype, device=state.v.device).roll(joint.dof, 1)
     force = torque if joint.kind == "ball" else torch.cat([gear[:, :3].expand(len(torque), -1), torque], -1)
     length = (gear[:, :3] * rotation_vector(turn)).sum(-1)
     return length if joint.kind == "ball" else 0 * length, force @ place

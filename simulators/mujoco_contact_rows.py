@@ -56,8 +56,8 @@ def contact_rows(structure: Structure, motion: Motion, contacts: Contacts, field
         chosen = mask.nonzero()[:, 0]
         if len(chosen):
             width = int(contacts.dim[chosen].max())
-            part = (contacts.env[chosen], rate[chosen][..., :width], gap[chosen])
-            out.append(rows(structure, *part, _chosen(law, chosen)))
+            env, moving = contacts.env[chosen], rate[chosen][..., :width]
+            out.append(rows(structure, env, moving, gap[chosen], _chosen(law, chosen)))
     return out
 
 
@@ -143,7 +143,7 @@ def _mixed(structure: Structure, contacts: Contacts, fields: Fields) -> tuple[Te
     solref = torch.where(standard, share * one + (1 - share) * two, torch.minimum(one, two))
     first, second = both("geom_solimp")
     return (
-        override(*friction, torch.maximum(*friction)),
+        override(friction[0], friction[1], torch.maximum(friction[0], friction[1])),
         override(one, two, solref),
         override(first, second, share * first + (1 - share) * second),
     )

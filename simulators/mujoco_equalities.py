@@ -151,7 +151,7 @@ def _pure(w: Tensor) -> Tensor:
 def _joint(structure: Structure, motion: Motion, joint: int) -> Coordinate:
     """q - q0 [B] of a scalar joint, and its rates [B, K]."""
     qpos, dof = int(structure.model.jnt_qposadr[joint]), int(structure.model.jnt_dofadr[joint])
-    y = motion.base[:, qpos] + motion.d[:, dof] - float(structure.model.qpos0[qpos])
+    y = motion.state.base[:, qpos] + motion.state.d[:, dof] - float(structure.model.qpos0[qpos])
     return y.expand(len(motion.along)), motion.along[:, :, dof]
 
 

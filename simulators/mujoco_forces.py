@@ -17,7 +17,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from sim2real.simulators.mujoco_kinematics import Poses, cross, point_acceleration, point_velocity
+from sim2real.simulators.mujoco_kinematics import Poses, State, cross, point_acceleration, point_velocity
 from sim2real.simulators.mujoco_quaternions import (
     normalized,
     quaternion_conjugate,
@@ -97,32 +97,33 @@ def mass_matrix(structure: Structure, poses: Poses, columns: Tensor, fields: Fie
     return matrix + rows.T @ (fields["tendon_armature"][..., None] * rows)
 
 
-def coordinates(structure: Structure, base: Tensor, d: Tensor) -> Tensor:
+def coordinates(structure: Structure, state: State) -> Tensor:
     """Values [B, nv] of hinges and slides at their degree of freedom, zero elsewhere."""
+    base, d = state.base, state.d
     out = torch.zeros(structure.model.nv, len(structure.scalar_dof), dtype=d.dtype, device=d.device)
     out = out.index_put((structure.scalar_dof, torch.arange(len(structure.scalar_dof))), torch.ones_like(out[0]))
     return (base[:, structure.scalar_qpos] + d[:, structure.scalar_dof]) @ out.T
 
 
-def joint_quaternion(base: Tensor, d: Tensor, qpos: Tensor, dof: Tensor) -> Tensor:
+def joint_quaternion(state: State, qpos: Tensor, dof: Tensor) -> Tensor:
     """Unit quaternions [B, n, 4] of the ball and free joints at the given addresses."""
-    fixed = normalized(base[:, qpos[:, None] + torch.arange(4)])
-    return quaternion_product(fixed, quaternion_exp(d[:, dof[:, None] + torch.arange(3)]))
+    fixed = normalized(state.base[:, qpos[:, None] + torch.arange(4)])
+    return quaternion_product(fixed, quaternion_exp(state.d[:, dof[:, None] + torch.arange(3)]))
 
 
 def passive_power(
-    structure: Structure, poses: Poses, base: Tensor, d: Tensor, v: Tensor, lam: Tensor, virtual: Tensor, fields: Fields
+    structure: Structure, state: State, poses: Poses, lam: Tensor, virtual: Tensor, fields: Fields
 ) -> Tensor:
     """<lam, qfrc_passive> [B] without the forces of the medium and of spatial tendons; virtual: twists of lam."""
     spring = not disabled(structure, _OFF.mjDSBL_SPRING)
     damper = not disabled(structure, _OFF.mjDSBL_DAMPER)
-    power = (lam * v).sum(-1) * 0
+    power = (lam * state.v).sum(-1) * 0
     if spring:
-        power = power + _spring_power(structure, base, d, lam, fields)
+        power = power + _spring_power(structure, state, lam, fields)
     if damper:
-        power = power - (lam * fields["dof_damping"] * v).sum(-1)
+        power = power - (lam * fields["dof_damping"] * state.v).sum(-1)
     if structure.model.ntendon:
-        power = power + _tendon_power(structure, base, d, v, lam, fields, spring, damper)
+        power = power + _tendon_power(structure, state, lam, fields, spring=spring, damper=damper)
     if structure.model.flg_gravcomp and (spring or damper):
         weight = fields["body_mass"] * torch.as_tensor(structure.model.body_gravcomp.copy())
         rate = point_velocity(virtual, centers(poses, fields))
@@ -130,9 +131,9 @@ def passive_power(
     return power
 
 
-def _spring_power(structure: Structure, base: Tensor, d: Tensor, lam: Tensor, fields: Fields) -> Tensor:
+def _spring_power(structure: Structure, state: State, lam: Tensor, fields: Fields) -> Tensor:
     stiffness, rest = fields["jnt_stiffness"], fields["qpos_spring"]
-    s = structure
+    s, base, d = structure, state.base, state.d
     stretch = base[:, s.scalar_qpos] + d[:, s.scalar_dof] - rest[:, s.scalar_qpos]
     power = -(stiffness[:, s.scalar_joint] * stretch * lam[:, s.scalar_dof]).sum(-1)
     if len(s.free_joint):
@@ -140,7 +141,7 @@ def _spring_power(structure: Structure, base: Tensor, d: Tensor, lam: Tensor, fi
         stretch = base[:, qpos] + d[:, dof] - rest[:, qpos]
         power = power - (stiffness[:, s.free_joint, None] * stretch * lam[:, dof]).sum((-1, -2))
     if len(s.quaternion_joint):
-        turn = joint_quaternion(base, d, s.quaternion_qpos, s.quaternion_dof)
+        turn = joint_quaternion(state, s.quaternion_qpos, s.quaternion_dof)
         reference = rest[:, s.quaternion_qpos[:, None] + torch.arange(4)]
         angle = rotation_vector(quaternion_product(quaternion_conjugate(normalized(reference)), turn))
         rate = lam[:, s.quaternion_dof[:, None] + torch.arange(3)]
@@ -149,13 +150,13 @@ def _spring_power(structure: Structure, base: Tensor, d: Tensor, lam: Tensor, fi
 
 
 def _tendon_power(
-    structure: Structure, base: Tensor, d: Tensor, v: Tensor, lam: Tensor, fields: Fields, spring: bool, damper: bool
+    structure: Structure, state: State, lam: Tensor, fields: Fields, *, spring: bool, damper: bool
 ) -> Tensor:
     rows = structure.tendon_coef.T
-    length = coordinates(structure, base, d) @ rows
+    length = coordinates(structure, state) @ rows
     low, high = structure.tendon_free.unbind(-1)
     stretch = torch.clamp(length - high, min=0) + torch.clamp(length - low, max=0)
-    force = spring * fields["tendon_stiffness"] * stretch + damper * fields["tendon_damping"] * (v @ rows)
+    force = spring * fields["tendon_stiffness"] * stretch + damper * fields["tendon_damping"] * (state.v @ rows)
     return -((lam @ rows) * force).sum(-1)
 
 

@@ -30,6 +30,24 @@ cross = torch.linalg.cross
 
 
 @dataclass(frozen=True, eq=False)
+class State:
+    """What the acceleration depends on apart from fields, B environments; a tensor of length 1 is shared by all."""
+
+    base: Tensor
+    """[B, nq] qpos, without derivatives"""
+    d: Tensor
+    """[B, nv] tangent displacement at base: its value is zero, its derivatives are those of the position"""
+    v: Tensor
+    """[B, nv]"""
+    act: Tensor
+    """[B, na]"""
+    ctrl: Tensor
+    """[B, nu]"""
+    force: Tensor
+    """[B, nv] applied generalised force"""
+
+
+@dataclass(frozen=True, eq=False)
 class Poses:
     """Where the bodies are, B environments."""
 
@@ -52,9 +70,10 @@ class _Frame:
     rotation: Tensor
 
 
-def poses(structure: Structure, base: Tensor, d: Tensor) -> Poses:
-    """Poses and axes at base[B, nq] displaced by d[B, nv], whose value is zero."""
-    batch = torch.broadcast_shapes(base.shape[:1], d.shape[:1])
+def poses(structure: Structure, state: State) -> Poses:
+    """Poses and axes at `base` displaced by d."""
+    base, d = state.base, state.d
+    batch = (max(len(base), len(d)),)
     start, turn = structure.body_pos.expand(*batch, -1, -1), structure.body_quat.expand(*batch, -1, -1)
     turned = quaternion_matrix(turn)
     frames = [_Frame(start[:, 0], turn[:, 0], turned[:, 0])]

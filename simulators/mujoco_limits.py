@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forces import Fields, coordinates, disabled, joint_quaternion
+from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_quaternions import rotation_vector
 from sim2real.simulators.mujoco_rows import Motion, Rows, friction_rows, spring_rows
 from sim2real.simulators.mujoco_structure import Structure
@@ -39,10 +40,9 @@ class Limits:
     """[n, 2]"""
 
 
-def find_limits(structure: Structure, base: Tensor, fields: Fields) -> Limits:
-    """The limits and frictions that act at base[B, nq], as MuJoCo includes them."""
-    model = structure.model
-    rest = base.new_zeros(1, model.nv)
+def find_limits(structure: Structure, state: State, fields: Fields) -> Limits:
+    """The limits and frictions that act at B positions, as MuJoCo includes them."""
+    model, base = structure.model, state.base
     limited = not disabled(structure, _OFF.mjDSBL_LIMIT) and not disabled(structure, _OFF.mjDSBL_CONSTRAINT)
     rubbed = not disabled(structure, _OFF.mjDSBL_FRICTIONLOSS) and not disabled(structure, _OFF.mjDSBL_CONSTRAINT)
     flag = lambda array: torch.as_tensor(array.astype(bool))
@@ -50,10 +50,10 @@ def find_limits(structure: Structure, base: Tensor, fields: Fields) -> Limits:
     bounds = fields["jnt_range"][:, structure.scalar_joint]
     joint = _sides(scalar, bounds, torch.as_tensor(model.jnt_margin)[structure.scalar_joint])
     joint = joint & (limited & flag(model.jnt_limited)[structure.scalar_joint])[:, None]
-    length = coordinates(structure, base, rest) @ structure.tendon_coef.T
+    length = coordinates(structure, state) @ structure.tendon_coef.T
     tendon = _sides(length, fields["tendon_range"], torch.as_tensor(model.tendon_margin))
     tendon = tendon & (limited & flag(model.tendon_limited))[:, None]
-    turn = joint_quaternion(base, rest, structure.quaternion_qpos, structure.quaternion_dof)
+    turn = joint_quaternion(state, structure.quaternion_qpos, structure.quaternion_dof)
     gap = fields["jnt_range"][:, structure.quaternion_joint].amax(-1) - rotation_vector(turn).norm(dim=-1)
     ball = (gap < torch.as_tensor(model.jnt_margin)[structure.quaternion_joint]) & limited
     friction = (fields["dof_frictionloss"] > 0) & rubbed
@@ -90,7 +90,7 @@ def _sides(y: Tensor, bounds: Tensor, margin: Tensor) -> Tensor:
 def _joint_rows(structure: Structure, motion: Motion, where: Tensor, fields: Fields) -> Rows:
     env, element, side = where.unbind(-1)
     joint, dof = structure.scalar_joint[element], structure.scalar_dof[element]
-    y = pick(motion.base, env, structure.scalar_qpos[element]) + pick(motion.d, env, dof)
+    y = pick(motion.state.base, env, structure.scalar_qpos[element]) + pick(motion.state.d, env, dof)
     rate = _along(motion, env)[torch.arange(len(env)), :, dof]
     margin = torch.as_tensor(structure.model.jnt_margin)[joint]
     bound = pick(fields["jnt_range"], env, joint)[torch.arange(len(env)), side]
@@ -127,7 +127,7 @@ def _ball_rows(structure: Structure, motion: Motion, where: Tensor, fields: Fiel
     env, element = where.unbind(-1)
     joint, dof = structure.quaternion_joint[element], structure.quaternion_dof[element]
     batch = motion.along.shape[0]
-    turn = joint_quaternion(motion.base, motion.d, structure.quaternion_qpos, structure.quaternion_dof)
+    turn = joint_quaternion(motion.state, structure.quaternion_qpos, structure.quaternion_dof)
     angles = rotation_vector(turn.expand(batch, -1, -1)[env, element])
     angle = angles.norm(dim=-1)
     axis = angles / angle[:, None]
@@ -162,7 +162,7 @@ def _tendon_friction_rows(structure: Structure, motion: Motion, where: Tensor, f
 def tendon_motion(structure: Structure, motion: Motion, env: Tensor, tendon: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths [N] and rates [N, K] of fixed tendons."""
     rows = structure.tendon_coef[tendon]
-    y = coordinates(structure, motion.base, motion.d).expand(motion.along.shape[0], -1)
+    y = coordinates(structure, motion.state).expand(motion.along.shape[0], -1)
     return (y[env] * rows).sum(-1), (_along(motion, env) * rows[:, None]).sum(-1)
 
 

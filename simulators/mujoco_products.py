@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forward import Kind
+from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_program import (
     Active,
     damping_power,
@@ -121,11 +122,10 @@ def _linearise(condition: _Condition, x: Tensors, y: Tensors, directions: Tensor
     copies = max(len(t) for t in (*x, *y, *directions))
     x = tuple(t.expand(copies, *t.shape[1:]) for t in x)
     w, a = (t.expand(copies, *t.shape[1:]) for t in y)
-    base, _, v, act, ctrl, force = x[: len(STATE)]
-    fields = _fields(condition, x)
-    active = freeze(condition.structure, base, v, act, ctrl, force, a, fields, differentiated=condition.names)
+    state, fields = State(*x[: len(STATE)]), _fields(condition, x)
+    active = freeze(condition.structure, state, fields, differentiated=condition.names)
     damped = None if condition.kind == "explicit" else condition.kind
-    mass, curvature, damping = hessian(condition.structure, base, v, a, act, ctrl, fields, active, damped)
+    mass, curvature, damping = hessian(condition.structure, state, a, fields, active, damped)
     factor = torch.linalg.cholesky(curvature)
     if damping is None:
         return _Point(x, (a,), active, factor, mass, None)
@@ -139,15 +139,15 @@ def _fields(condition: _Condition, x: Tensors) -> dict[str, Tensor]:
 
 def _power(condition: _Condition, point: _Point, x: Tensors, y: Tensors, z: Tensors) -> Tensor:
     """Phi summed over the environments."""
-    structure, (base, d, v, act, ctrl, force) = condition.structure, x[: len(STATE)]
+    structure, state = condition.structure, State(*x[: len(STATE)])
     fields, a, lam = _fields(condition, x), y[0], z[0]
-    total = residual_power(structure, base, d, v, a, lam, act, ctrl, force, fields, point.active)
+    total = residual_power(structure, state, a, lam, fields, point.active)
     if point.operator is not None:
         w, mu = y[1], z[1]
         step = structure.model.opt.timestep
-        total = total + mass_power(structure, base, d, mu, a - w, fields)
+        total = total + mass_power(structure, state, mu, a - w, fields)
         if condition.kind != "explicit":
-            total = total + step * damping_power(structure, base, d, v, act, ctrl, mu, w, fields, condition.kind)
+            total = total + step * damping_power(structure, state, mu, w, fields, condition.kind)
     return total.sum()
 
 

@@ -9,7 +9,7 @@ The derivative of a = a(q, v, act, ctrl, force; theta) needs one scalar, with a 
     phi = <lam, r>,   lam = -H^-1 g:   gradient of <g, a> = gradient of phi.
 
 phi is written by virtual power and never forms a Jacobian; what collision detection found (contacts, active limits) is
-frozen in `Active`, zones of the constraint laws follow from jar. Every argument has a leading axis of environments, of
+frozen in `Active`, zones of the constraint laws follow from jar. Every tensor has a leading axis of environments, of
 length 1 (shared) or B. Position enters as a tangent displacement d at `base`, whose value is zero.
 Reference: mujoco_recipe 1, 5; Todorov, ICRA 2014.
 """
@@ -38,8 +38,9 @@ from sim2real.simulators.mujoco_forces import (
     passive_power,
     wrench_power,
 )
-from sim2real.simulators.mujoco_kinematics import Poses, poses, twists, velocity_bias
+from sim2real.simulators.mujoco_kinematics import Poses, State, poses, twists, velocity_bias
 from sim2real.simulators.mujoco_limits import Limits, find_limits, limit_rows
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_rows import Motion, Rows, normal_matrix, power
 from sim2real.simulators.mujoco_structure import FIELDS, Structure
 from sim2real.simulators.mujoco_uncovered import Differenced, freeze_uncovered, uncovered_force
@@ -57,96 +58,49 @@ class Active:
     """forces outside the program, linear about the states"""
 
 
-def freeze(
-    structure: Structure,
-    base: Tensor,
-    v: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    force: Tensor,
-    a: Tensor,
-    fields: Fields,
-    *,
-    differentiated: tuple[str, ...] = FIELDS,
-) -> Active:
+def freeze(structure: Structure, state: State, fields: Fields, *, differentiated: tuple[str, ...] = FIELDS) -> Active:
     """Contacts and active limits at B states; no field of `FIELDS` moves a geom, so positions decide.
 
     differentiated: the fields whose derivatives are wanted; it saves differences of uncovered forces, nothing else.
     """
-    size = _size(base, v, act, ctrl, force, a, *fields.values())
-    base, *inputs = (x.detach().expand(size, -1) for x in (base, v, act, ctrl))
+    size = _size(state, *fields.values())
     plain = {name: value.detach() for name, value in fields.items()}
-    uncovered = None
-    if structure.uncovered:
-        uncovered = freeze_uncovered(structure, base, *inputs, plain, differentiated)
-    return Active(_contacts(structure, base), find_limits(structure, base, plain), uncovered)
+    whole = State(**{name: value.detach().expand(size, -1) for name, value in vars(state).items()})
+    uncovered = freeze_uncovered(structure, whole, plain, differentiated) if structure.uncovered else None
+    return Active(_contacts(structure, whole.base), find_limits(structure, whole, plain), uncovered)
 
 
 def residual_power(
-    structure: Structure,
-    base: Tensor,
-    d: Tensor,
-    v: Tensor,
-    a: Tensor,
-    lam: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    force: Tensor,
-    fields: Fields,
-    active: Active,
+    structure: Structure, state: State, a: Tensor, lam: Tensor, fields: Fields, active: Active
 ) -> Tensor:
     """phi = <lam, r> [B], a force times a velocity (W)."""
-    smooth, constraint = _parts(structure, base, d, v, a, lam, act, ctrl, force, fields, active)
+    smooth, constraint = _parts(structure, state, a, lam, fields, active)
     return smooth + constraint
 
 
-def solver_residual(
-    structure: Structure,
-    base: Tensor,
-    v: Tensor,
-    a: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    force: Tensor,
-    fields: Fields,
-    active: Active,
-) -> Tensor:
+def solver_residual(structure: Structure, state: State, a: Tensor, fields: Fields, active: Active) -> Tensor:
     """Largest entry of |r| over the largest force [B]: how far a is from the minimum. Gate gradients on it."""
-    size = _size(base, v, a, act, ctrl, force, *fields.values())
     plain = {name: value.detach() for name, value in fields.items()}
-    lam = torch.zeros(size, v.shape[-1], dtype=v.dtype, device=v.device, requires_grad=True)
-    arguments = [x.detach() for x in (base, torch.zeros_like(v), v, a)]
-    inputs = [x.detach() for x in (act, ctrl, force)]
+    at, a = State(**{name: value.detach() for name, value in vars(state).items()}), a.detach()
+    lam = a.new_zeros(_size(state, a, *fields.values()), a.shape[-1]).requires_grad_()
     with torch.enable_grad():
-        smooth, constraint = _parts(structure, *arguments, lam, *inputs, plain, active)
+        smooth, constraint = _parts(structure, at, a, lam, plain, active)
         (of_smooth,) = torch.autograd.grad(smooth.sum(), lam, retain_graph=True)
         (of_rows,) = torch.autograd.grad(constraint.sum(), lam)
-        inertia = mass_power(structure, arguments[0], arguments[1], lam, arguments[3], plain)
-        (of_inertia,) = torch.autograd.grad(inertia.sum(), lam)
+        (of_inertia,) = torch.autograd.grad(mass_power(structure, at, lam, a, plain).sum(), lam)
     parts = torch.stack([of_smooth - of_inertia, of_inertia, of_rows]).abs().amax((0, 2))
-    return (of_smooth + of_rows).abs().amax(-1) / parts.clamp(min=torch.finfo(v.dtype).tiny)
+    return (of_smooth + of_rows).abs().amax(-1) / parts.clamp(min=torch.finfo(a.dtype).tiny)
 
 
-def mass_power(structure: Structure, base: Tensor, d: Tensor, mu: Tensor, z: Tensor, fields: Fields) -> Tensor:
+def mass_power(structure: Structure, state: State, mu: Tensor, z: Tensor, fields: Fields) -> Tensor:
     """mu' M(q) z [B]."""
-    at = poses(structure, base, d)
+    at = poses(structure, state)
     left, right = twists(structure, at.axes, mu[:, None]), twists(structure, at.axes, z[:, None])
     wrench = inertia_wrench(at, fields, None, right)
     return wrench_power(at, fields, left, wrench)[:, 0] + armature_power(structure, mu, z, fields)
 
 
-def damping_power(
-    structure: Structure,
-    base: Tensor,
-    d: Tensor,
-    v: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    mu: Tensor,
-    w: Tensor,
-    fields: Fields,
-    kind: Damping,
-) -> Tensor:
+def damping_power(structure: Structure, state: State, mu: Tensor, w: Tensor, fields: Fields, kind: Damping) -> Tensor:
     """mu' D w [B], D the derivative of the smooth force by v that the integrator `kind` uses.
 
     eulerdamp: -diag(damping). implicitfast: passive and actuator forces, and the velocity bias of free bodies that are
@@ -155,83 +109,59 @@ def damping_power(
     """
     if kind == "eulerdamp":
         return -(mu * fields["dof_damping"] * w).sum(-1)
-    total = passive_derivative(structure, mu, w, fields)
-    total = total + actuator_derivative(structure, base, d, v, act, ctrl, mu, w, fields)
+    total = passive_derivative(structure, mu, w, fields) + actuator_derivative(structure, state, mu, w, fields)
     if kind == "implicitfast" and not bool(structure.lone.any()):
         return total
     kept = mu if kind == "implicit" else mu * structure.lone
-    at = poses(structure, base, d)
+    at = poses(structure, state)
     virtual = twists(structure, at.axes, kept[:, None])
-    ahead, behind = (_bias_power(structure, at, virtual, v + sign * w, fields) for sign in (1, -1))
+    ahead, behind = (_bias_power(structure, at, virtual, state.v + sign * w, fields) for sign in (1, -1))
     return total - (ahead - behind) / 2
 
 
 def hessian(
-    structure: Structure,
-    base: Tensor,
-    v: Tensor,
-    a: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    fields: Fields,
-    active: Active,
-    kind: Damping | None = None,
+    structure: Structure, state: State, a: Tensor, fields: Fields, active: Active, kind: Damping | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """M, H = M + J' s'' J and D of the integrator `kind`, each [B, nv, nv], without derivatives."""
+    size = _size(state, a, *fields.values())
     with torch.no_grad():
-        size = _size(base, v, a, act, ctrl, *fields.values())
-        nv = v.shape[-1]
-        eye = torch.eye(nv, dtype=v.dtype, device=v.device).expand(size, -1, -1)
-        along = torch.cat([v.expand(size, -1)[:, None], a.expand(size, -1)[:, None], eye], 1)
-        motion = _motion(structure, base.expand(size, -1), torch.zeros_like(v), along)
-        mass = mass_matrix(structure, motion.poses, motion.twists[:, 2:], fields)
-        hess = mass
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(size, -1, -1)
+        along = torch.cat([*(x.expand(size, -1)[:, None] for x in (state.v, a)), eye], 1)
+        motion = _motion(structure, state, along)
+        mass = mass_matrix(structure, motion.poses, motion.twists[:, 2:], fields).expand(size, -1, -1)
+        curved = mass
         for rows in _rows(structure, motion, fields, active):
-            hess = hess + normal_matrix(rows, size)
-        return mass, hess, None if kind is None else _damping(structure, base, v, act, ctrl, fields, kind, size)
+            curved = curved + normal_matrix(rows, size)
+        return mass, curved, None if kind is None else _damping(structure, state, fields, kind, size)
 
 
-def _damping(
-    structure: Structure, base: Tensor, v: Tensor, act: Tensor, ctrl: Tensor, fields: Fields, kind: Damping, size: int
-) -> Tensor:
+def _damping(structure: Structure, state: State, fields: Fields, kind: Damping, size: int) -> Tensor:
     """D [B, nv, nv]: all columns at once, one copy of the environments for each."""
-    nv = v.shape[-1]
+    nv = state.v.shape[-1]
     copies = lambda x: x.detach().expand(size, *x.shape[1:]).repeat_interleave(nv, 0)
     many = {name: copies(value) if len(value) > 1 else value.detach() for name, value in fields.items()}
-    columns = torch.eye(nv, dtype=v.dtype, device=v.device).repeat(size, 1)
-    mu = torch.zeros_like(columns, requires_grad=True)
-    at = [copies(x) for x in (base, torch.zeros_like(v), v, act, ctrl)]
+    columns = torch.eye(nv, dtype=state.v.dtype, device=state.v.device).repeat(size, 1)
+    mu = torch.zeros_like(columns).requires_grad_()
+    at = State(**{name: copies(value) for name, value in vars(state).items()})
     with torch.enable_grad():
-        value = damping_power(structure, *at, mu, columns, many, kind)
-        (by_mu,) = torch.autograd.grad(value.sum(), mu)
+        (by_mu,) = torch.autograd.grad(damping_power(structure, at, mu, columns, many, kind).sum(), mu)
     return by_mu.reshape(size, nv, nv).transpose(1, 2)
 
 
 def _parts(
-    structure: Structure,
-    base: Tensor,
-    d: Tensor,
-    v: Tensor,
-    a: Tensor,
-    lam: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    force: Tensor,
-    fields: Fields,
-    active: Active,
+    structure: Structure, state: State, a: Tensor, lam: Tensor, fields: Fields, active: Active
 ) -> tuple[Tensor, Tensor]:
     """<lam, r> of smooth forces, and of constraints, each [B]."""
-    size = _size(base, d, v, a, lam, act, ctrl, force, *fields.values())
-    along = torch.stack([x.expand(size, -1) for x in (v, a, lam)], 1)
-    motion = _motion(structure, base, d, along)
+    size = _size(state, a, lam, *fields.values())
+    motion = _motion(structure, state, torch.stack([x.expand(size, -1) for x in (state.v, a, lam)], 1))
     virtual = motion.twists[:, 2:]
     acceleration = motion.twists[:, 1:2] + _falling(structure, motion.bias, fields)[:, None]
     wrench = inertia_wrench(motion.poses, fields, motion.twists[:, :1], acceleration)
     smooth = wrench_power(motion.poses, fields, virtual, wrench)[:, 0] + armature_power(structure, lam, a, fields)
-    smooth = smooth - passive_power(structure, motion.poses, base, d, v, lam, virtual[:, 0], fields)
-    applied = actuator_force(structure, base, d, v, act, ctrl, fields) + force
+    smooth = smooth - passive_power(structure, state, motion.poses, lam, virtual[:, 0], fields)
+    applied = actuator_force(structure, state, fields) + state.force
     if active.uncovered is not None:
-        applied = applied + uncovered_force(active.uncovered, d, v, act, ctrl, fields)
+        applied = applied + uncovered_force(active.uncovered, state, fields)
     smooth = smooth - (lam * applied).sum(-1)
     constraint = 0 * lam.sum(-1)
     for rows in _rows(structure, motion, fields, active):
@@ -239,10 +169,10 @@ def _parts(
     return smooth, constraint
 
 
-def _motion(structure: Structure, base: Tensor, d: Tensor, along: Tensor) -> Motion:
-    at = poses(structure, base, d)
+def _motion(structure: Structure, state: State, along: Tensor) -> Motion:
+    at = poses(structure, state)
     bias = velocity_bias(structure, at.axes, along[:, 0])
-    return Motion(base, d, along, at, twists(structure, at.axes, along), bias)
+    return Motion(state, along, at, twists(structure, at.axes, along), bias)
 
 
 def _falling(structure: Structure, bias: Tensor, fields: Fields) -> Tensor:
@@ -269,13 +199,15 @@ def _contacts(structure: Structure, base: Tensor) -> Contacts | None:
     if not meet or disabled(structure, off.mjDSBL_CONTACT) or disabled(structure, off.mjDSBL_CONSTRAINT):
         return None
     data, readings = mujoco.MjData(model), []
-    for env, qpos in enumerate(base.cpu().numpy()):
-        data.qpos[:] = qpos
-        mujoco.mj_fwdPosition(model, data)
-        readings.append(freeze_contacts(structure, env, data))
+    with engine_messages():
+        for env, qpos in enumerate(base.cpu().numpy()):
+            data.qpos[:] = qpos
+            mujoco.mj_fwdPosition(model, data)
+            readings.append(freeze_contacts(structure, env, data))
     contacts = join_contacts(structure, readings)
     return contacts if len(contacts.env) else None
 
 
-def _size(*tensors: Tensor) -> int:
-    return max(len(x) for x in tensors)
+def _size(state: State, *tensors: Tensor) -> int:
+    """The number of environments."""
+    return max(len(x) for x in (*vars(state).values(), *tensors))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forces import disabled
-from sim2real.simulators.mujoco_kinematics import Poses
+from sim2real.simulators.mujoco_kinematics import Poses, State
 from sim2real.simulators.mujoco_structure import Structure
 
 _TINY = 1e-15
@@ -36,10 +36,7 @@ Law = Literal["equality", "friction", "limit", "elliptic"]
 class Motion:
     """One batch of states and K generalised velocities, of which the first is v and the second a."""
 
-    base: Tensor
-    """[B, nq]"""
-    d: Tensor
-    """[B, nv]"""
+    state: State
     along: Tensor
     """[B, K, nv]"""
     poses: Poses

@@ -147,6 +147,8 @@ def prepare(model: mujoco.MjModel) -> mujoco.MjModel:
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
     off = mujoco.mjtDisableBit
     option.disableflags |= int(off.mjDSBL_WARMSTART) | int(off.mjDSBL_ISLAND) | int(off.mjDSBL_AUTORESET)
+    # the midphase keeps boxes in the inertial frame of a body: an edited centre of mass or inertia would lose contacts
+    option.disableflags |= int(off.mjDSBL_MIDPHASE)
     for flags in (out.body_simple, out.dof_simplenum, out.body_sameframe, out.geom_sameframe, out.site_sameframe):
         flags[:] = 0
     return out
@@ -210,7 +212,9 @@ def check_fields(structure: Structure, names: tuple[str, ...]) -> None:
     """Raise `MujocoUnsupportedError` if a named field cannot be differentiated in this model."""
     unknown = [name for name in names if name not in FIELDS]
     if unknown:
-        raise MujocoUnsupportedError(f"{unknown} are not fields of a MuJoCo model here; choose from {', '.join(FIELDS)}")
+        raise MujocoUnsupportedError(
+            f"{unknown} are not fields of a MuJoCo model here; choose from {', '.join(FIELDS)}"
+        )
     fluid = any(force.kind == "fluid" for force in structure.uncovered)
     if fluid and "body_inertia" in names:
         raise MujocoUnsupportedError(

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forces import Fields
+from sim2real.simulators.mujoco_kinematics import State
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_structure import Structure
 
 Array = NDArray[np.float64]
@@ -52,10 +54,10 @@ class _Engine:
     data: mujoco.MjData
 
 
-def uncovered_force(differenced: Differenced, d: Tensor, v: Tensor, act: Tensor, ctrl: Tensor, fields: Fields) -> Tensor:
+def uncovered_force(differenced: Differenced, state: State, fields: Fields) -> Tensor:
     """The uncovered generalised force [B, nv], linear about the frozen states."""
     origin = differenced.origin
-    steps = {"d": d, "v": v - origin["v"], "act": act - origin["act"], "ctrl": ctrl - origin["ctrl"]}
+    steps = {"d": state.d, **{name: getattr(state, name) - origin[name] for name in ("v", "act", "ctrl")}}
     for name, entries in differenced.entries.items():
         steps[name] = fields[name].flatten(1)[:, entries] - origin[name]
     force = differenced.force
@@ -65,24 +67,20 @@ def uncovered_force(differenced: Differenced, d: Tensor, v: Tensor, act: Tensor,
 
 
 def freeze_uncovered(
-    structure: Structure,
-    base: Tensor,
-    v: Tensor,
-    act: Tensor,
-    ctrl: Tensor,
-    fields: Fields,
-    differentiated: tuple[str, ...],
+    structure: Structure, state: State, fields: Fields, differentiated: tuple[str, ...]
 ) -> Differenced:
-    """Difference the uncovered forces at B states: base [B, nq], v [B, nv], act [B, na], ctrl [B, nu]."""
+    """Difference the uncovered forces at B states, and by the entries of the named fields that they read."""
     model = copy.copy(structure.model)
     engine = _Engine(structure, model, mujoco.MjData(model))
     read = {name: index for name, index in _entries(structure).items() if name in differentiated and len(index)}
     written = {name: value for name, value in fields.items() if name in _entries(structure)}
-    states = [x.cpu().numpy().astype(np.float64) for x in (base, v, act, ctrl)]
+    v = state.v
+    states = [x.cpu().numpy().astype(np.float64) for x in (state.base, v, state.act, state.ctrl)]
     forces, slopes = [], []
-    for env in range(len(base)):
+    for env in range(len(v)):
         row = {name: _row(value, env) for name, value in written.items()}
-        force, slope = _differences(engine, tuple(x[env] for x in states), row, read)
+        with engine_messages():
+            force, slope = _differences(engine, tuple(x[env] for x in states), row, read)
         forces.append(force)
         slopes.append(slope)
     real = lambda arrays: torch.as_tensor(np.stack(arrays), dtype=v.dtype, device=v.device)
@@ -90,7 +88,7 @@ def freeze_uncovered(
     origin = {name: fields[name].detach().flatten(1)[:, index] for name, index in entries.items()}
     return Differenced(
         force=real(forces),
-        origin={"v": v.detach(), "act": act.detach(), "ctrl": ctrl.detach(), **origin},
+        origin={"v": v, "act": state.act, "ctrl": state.ctrl, **origin},
         slopes={name: real([slope[name] for slope in slopes]) for name in slopes[0]},
         entries=entries,
     )

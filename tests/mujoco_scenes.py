@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_program import Active, freeze
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields, structure
 
@@ -144,12 +145,8 @@ class States:
 
     structure: Structure
     fields: dict[str, Tensor]
-    base: Tensor
-    v: Tensor
+    state: State
     a: Tensor
-    act: Tensor
-    ctrl: Tensor
-    force: Tensor
     mass: Tensor
     hessian: Tensor
     active: Active
@@ -183,8 +180,8 @@ def states(xml: str, count: int, *, integrator: int = 0, disable: int = 0, seed:
             rows.append((*(x.copy() for x in found), mass, mass + constraint_hessian(model, data)))
     base, v, a, act, ctrl, force, mass, hessian = (torch.tensor(np.stack(column)) for column in zip(*rows, strict=True))
     fields = nominal_fields(tables)
-    active = freeze(tables, base, v, act, ctrl, force, a, fields)
-    return States(tables, fields, base, v, a, act, ctrl, force, mass, hessian, active)
+    state = State(base, torch.zeros_like(v), v, act, ctrl, force)
+    return States(tables, fields, state, a, mass, hessian, freeze(tables, state, fields))
 
 
 def zones(model: mujoco.MjModel, data: mujoco.MjData) -> list[tuple[int, int, int]]:

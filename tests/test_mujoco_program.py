@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import mujoco
 import numpy as np
@@ -12,6 +13,7 @@ from mujoco_scenes import SCENES, Array, States, arm, free, scene, states, zones
 from torch import Tensor
 
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
+from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_program import (
     Damping,
     damping_power,
@@ -31,29 +33,28 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def power(s: States, lam: Tensor, *, d: Tensor | None = None, fields: dict[str, Tensor] | None = None) -> Tensor:
-    d = torch.zeros_like(s.v) if d is None else d
-    fields = s.fields if fields is None else fields
-    return residual_power(s.structure, s.base, d, s.v, s.a, lam, s.act, s.ctrl, s.force, fields, s.active)
+    state = s.state if d is None else replace(s.state, d=d)
+    return residual_power(s.structure, state, s.a, lam, s.fields if fields is None else fields, s.active)
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_the_residual_vanishes_at_mujocos_acceleration(name: str) -> None:
     s = states(SCENES[name], 3)
-    found = solver_residual(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.force, s.fields, s.active)
+    found = solver_residual(s.structure, s.state, s.a, s.fields, s.active)
     assert found.max() < 1e-10  # the solver stops at rounding: 1e-12 times the condition of stiff contacts
-    mass, curved, _ = hessian(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.fields, s.active)
+    mass, curved, _ = hessian(s.structure, s.state, s.a, s.fields, s.active)
     torch.testing.assert_close(mass, s.mass, rtol=1e-12, atol=1e-12 * float(s.mass.abs().max()))
     # the reference differences s' in the sliding zone, with step 1e-6: 1e-9 relative
     torch.testing.assert_close(curved, s.hessian, rtol=1e-8, atol=1e-8 * float(s.hessian.abs().max()))
-    mu, z = normal(2, *s.v.shape)
-    form = mass_power(s.structure, s.base, torch.zeros_like(s.v), mu, z, s.fields)
+    mu, z = normal(2, *s.a.shape)
+    form = mass_power(s.structure, s.state, mu, z, s.fields)
     torch.testing.assert_close(form, torch.einsum("bi,bij,bj->b", mu, s.mass, z), rtol=1e-10, atol=1e-12)
 
 
 def test_a_wrong_acceleration_leaves_a_residual() -> None:
     s = states(SCENES["ball arm"], 2)
     moved = s.a + torch.tensor([[0.0], [1e-3]], dtype=torch.float64) * s.a.abs().amax(-1, keepdim=True)
-    found = solver_residual(s.structure, s.base, s.v, moved, s.act, s.ctrl, s.force, s.fields, s.active)
+    found = solver_residual(s.structure, s.state, moved, s.fields, s.active)
     assert found[0] < 1e-12
     assert found[1] > 1e-5
 
@@ -67,10 +68,7 @@ class _Reference:
     def __init__(self, s: States, row: int) -> None:
         self.model = copy.copy(s.structure.model)
         self.data = mujoco.MjData(self.model)
-        self.state = {
-            "d": s.base[row].numpy(),
-            **{k: getattr(s, k)[row].numpy() for k in ("v", "act", "ctrl", "force")},
-        }
+        self.state = {key: getattr(s.state, "base" if key == "d" else key)[row].numpy() for key in _INPUTS}
         self.zones: list[tuple[int, int, int]] | None = None
         self.changed = False
 
@@ -132,14 +130,13 @@ def _write(model: mujoco.MjModel, name: str, saved: dict[str, Array], step: Arra
 
 def _vjp(s: States, g: Tensor) -> dict[str, Tensor]:
     """Gradient of <g, a> by the state, the inputs and every field, from phi."""
-    curved = hessian(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.fields, s.active)[1]
+    curved = hessian(s.structure, s.state, s.a, s.fields, s.active)[1]
     lam = -torch.linalg.solve(curved, g)
-    leaves = {"d": torch.zeros_like(s.v), "v": s.v, "act": s.act, "ctrl": s.ctrl, "force": s.force}
+    inputs = {name: getattr(s.state, name) for name in _INPUTS}
     many = {name: x.expand(len(g), *x.shape[1:]) for name, x in s.fields.items()}
-    leaves = {name: x.clone().requires_grad_() for name, x in {**leaves, **many}.items()}
-    inputs = (leaves["act"], leaves["ctrl"], leaves["force"])
-    fields = {name: leaves[name] for name in FIELDS}
-    phi = residual_power(s.structure, s.base, leaves["d"], leaves["v"], s.a, lam, *inputs, fields, s.active).sum()
+    leaves = {name: x.clone().requires_grad_() for name, x in {**inputs, **many}.items()}
+    state = replace(s.state, **{name: leaves[name] for name in _INPUTS})
+    phi = residual_power(s.structure, state, s.a, lam, {name: leaves[name] for name in FIELDS}, s.active).sum()
     found = torch.autograd.grad(phi, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(x) if grad is None else grad
@@ -176,7 +173,7 @@ _QUICK = (
 def test_derivatives_equal_richardson_differences(name: str) -> None:
     """d<g, a> by q, v, act, ctrl, force along unit vectors, and by every field along one random direction."""
     s, rng, checked = states(SCENES[name], 3), np.random.default_rng(1), 0
-    g = torch.tensor(rng.normal(size=s.v.shape))
+    g = torch.tensor(rng.normal(size=s.a.shape))
     gradient = _vjp(s, g)
     for row in range(len(g)):
         reference = _Reference(s, row)
@@ -202,19 +199,21 @@ def test_damping_gives_mujocos_step(name: str, integrator: Damping) -> None:
     """v+ = v + h w with (M - h D) w = M a."""
     number = {"eulerdamp": 0, "implicitfast": 3, "implicit": 2}[integrator]
     s = states(SCENES.get(name, scene(arm() + free("box", z=0.5))), 4, integrator=number)
-    mass, _, damping = hessian(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.fields, s.active, integrator)
+    mass, _, damping = hessian(s.structure, s.state, s.a, s.fields, s.active, integrator)
     assert damping is not None
     step, data = s.structure.model.opt.timestep, mujoco.MjData(s.structure.model)
     w = torch.linalg.solve(mass - step * damping, (mass @ s.a[..., None]))[..., 0]
     for row in range(len(w)):
-        data.qpos[:], data.qvel[:], data.act[:], data.ctrl[:] = s.base[row], s.v[row], s.act[row], s.ctrl[row]
-        data.qfrc_applied[:] = s.force[row]
+        data.qpos[:], data.qvel[:], data.act[:], data.ctrl[:] = (
+            x[row] for x in (s.state.base, s.state.v, s.state.act, s.state.ctrl)
+        )
+        data.qfrc_applied[:] = s.state.force[row]
         mujoco.mj_step(s.structure.model, data)
-        wanted = (torch.tensor(data.qvel) - s.v[row]) / step
+        wanted = (torch.tensor(data.qvel) - s.state.v[row]) / step
         # (v+ - v)/h carries the rounding of v, 1e-16/0.002
         torch.testing.assert_close(w[row], wanted, rtol=1e-10, atol=1e-11 * float(wanted.abs().max()) + 1e-12)
-    mu, z = normal(2, *s.v.shape)
-    form = damping_power(s.structure, s.base, torch.zeros_like(s.v), s.v, s.act, s.ctrl, mu, z, s.fields, integrator)
+    mu, z = normal(2, *s.a.shape)
+    form = damping_power(s.structure, s.state, mu, z, s.fields, integrator)
     torch.testing.assert_close(form, torch.einsum("bi,bij,bj->b", mu, damping, z), rtol=1e-9, atol=1e-9)
 
 
@@ -232,17 +231,17 @@ def test_second_derivatives_equal_differences_of_first(name: str) -> None:
     """Directional derivative of grad phi by double backward, against centred differences in lam, v, a and fields."""
     s = states(SCENES[name], 3)
     names = ["body_mass", "body_ipos", "geom_friction", "jnt_solref", "dof_frictionloss", "eq_solimp", "actuator_gear"]
-    point = {"v": s.v, "lam": normal(*s.v.shape), "d": torch.zeros_like(s.v)}
+    point = {"v": s.state.v, "lam": normal(*s.a.shape), "d": s.state.d}
     point = {**point, **{key: s.fields[key].clone() for key in names if s.fields[key].numel()}}
     along = {key: normal(*x.shape, seed=i) * (1 + x.abs()) * 1e-2 for i, (key, x) in enumerate(point.items())}
     # d is exact to second order at 0 only, so the difference may not leave it: its share is taken from the other side
-    along["d"] = torch.zeros_like(s.v)
+    along["d"] = s.state.d
 
     def gradient(shift: float, graph: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         leaves = {key: (x + shift * along[key]).requires_grad_() for key, x in point.items()}
         fields = {**s.fields, **{key: leaves[key] for key in leaves if key in FIELDS}}
-        at = (s.act, s.ctrl, s.force, fields, s.active)
-        phi = residual_power(s.structure, s.base, leaves["d"], leaves["v"], s.a, leaves["lam"], *at).sum()
+        state = replace(s.state, d=leaves["d"], v=leaves["v"])
+        phi = residual_power(s.structure, state, s.a, leaves["lam"], fields, s.active).sum()
         found = torch.autograd.grad(phi, list(leaves.values()), create_graph=graph, allow_unused=True)
         return leaves, {
             key: torch.zeros_like(x) if y is None else y for (key, x), y in zip(leaves.items(), found, strict=True)
@@ -263,9 +262,9 @@ def test_second_derivatives_equal_differences_of_first(name: str) -> None:
 
 def test_torch_func_transforms_agree() -> None:
     s = states(SCENES["elliptic capsule condim 6"], 4)
-    lam, tangent = normal(2, *s.v.shape)
+    lam, tangent = normal(2, *s.a.shape)
     phi = lambda d: power(s, lam, d=d).sum()
-    zero = torch.zeros_like(s.v)
+    zero = s.state.d
     gradient = torch.func.grad(phi)(zero)
     torch.testing.assert_close(torch.func.jvp(phi, (zero,), (tangent,))[1], (gradient * tangent).sum())
     forward = torch.func.jvp(torch.func.grad(phi), (zero,), (tangent,))[1]
@@ -282,26 +281,24 @@ def test_a_batch_equals_its_environments_and_fields_may_differ(name: str) -> Non
     for key in ("body_mass", "geom_friction", "dof_damping", "actuator_gainprm", "body_invweight0", "eq_solref"):
         value = s.fields[key]
         fields[key] = value * scale.reshape(-1, *(1,) * (value.ndim - 1))
-    lam = normal(*s.v.shape)
+    lam = normal(*s.a.shape)
     whole = power(s, lam, fields=fields)
     for row in range(3):
         one = slice(row, row + 1)
         mine = {key: x[one] if len(x) > 1 else x for key, x in fields.items()}
-        state = [x[one] for x in (s.base, s.v, s.act, s.ctrl, s.force, s.a)]
-        active = freeze(s.structure, *state, mine)
-        base, v, act, ctrl, force, a = state
-        alone = residual_power(s.structure, base, torch.zeros_like(v), v, a, lam[one], act, ctrl, force, mine, active)
+        state = State(**{key: x[one] for key, x in vars(s.state).items()})
+        active = freeze(s.structure, state, mine)
+        alone = residual_power(s.structure, state, s.a[one], lam[one], mine, active)
         torch.testing.assert_close(alone, whole[one], rtol=1e-11, atol=1e-11)
 
 
 def test_shared_arguments_are_one_copy() -> None:
     s = states(SCENES["elliptic capsule condim 6"], 1)
-    lam = normal(5, s.v.shape[1])
-    active = freeze(s.structure, s.base, s.v, s.act, s.ctrl, s.force, s.a.expand(5, -1), s.fields)
-    d = torch.zeros_like(s.v)
-    at = (s.base, d, s.v, s.a)
-    shared = residual_power(s.structure, *at, lam, s.act, s.ctrl, s.force, s.fields, active)
-    copied = residual_power(s.structure, *(x.expand(5, -1) for x in at), lam, s.act, s.ctrl, s.force, s.fields, active)
+    lam = normal(5, s.a.shape[1])
+    copies = State(**{key: x.expand(5, -1) for key, x in vars(s.state).items()})
+    active = freeze(s.structure, copies, s.fields)
+    shared = residual_power(s.structure, s.state, s.a, lam, s.fields, active)
+    copied = residual_power(s.structure, copies, s.a.expand(5, -1), lam, s.fields, active)
     torch.testing.assert_close(shared, copied, rtol=0, atol=0)
 
 
@@ -312,10 +309,10 @@ def test_derivatives_are_finite_at_rest_in_the_reference_pose() -> None:
         base = torch.tensor(tables.model.qpos0)[None]
         v, act, ctrl = (base.new_zeros(1, size) for size in (tables.model.nv, tables.model.na, tables.model.nu))
         fields = {key: x.clone().requires_grad_() for key, x in nominal_fields(tables).items()}
-        active = freeze(tables, base, v, act, ctrl, v, v, fields)
+        active = freeze(tables, State(base, v, v, act, ctrl, v), fields)
         leaves = [torch.zeros_like(v).requires_grad_() for _ in range(3)]
         d, rate, lam = leaves
-        phi = residual_power(tables, base, d, rate, v, lam + 1.0, act, ctrl, v, fields, active).sum()
+        phi = residual_power(tables, State(base, d, rate, act, ctrl, v), v, lam + 1.0, fields, active).sum()
         every = [*leaves, *fields.values()]
         first = torch.autograd.grad(phi, every, create_graph=True, allow_unused=True)
         total = sum(x.square().sum() for x in first if x is not None)
@@ -330,7 +327,7 @@ def test_equal_frictions_share_the_derivative_and_priority_takes_it() -> None:
         s = states(xml, 6)
         assert s.active.contacts is not None
         friction = s.fields["geom_friction"].clone().requires_grad_()
-        phi = power(s, s.v, fields={**s.fields, "geom_friction": friction}).sum()
+        phi = power(s, s.state.v, fields={**s.fields, "geom_friction": friction}).sum()
         (found,) = torch.autograd.grad(phi, friction)
         assert found[0, :, 0].abs().max() > 0
         torch.testing.assert_close(found[0, :, 0] / found[0, :, 0].sum(), torch.tensor(shares, dtype=torch.float64))
@@ -361,9 +358,9 @@ _EVERYTHING = scene(
 def test_disabled_physics_is_left_out(flags: int) -> None:
     xml = _EVERYTHING.replace('timestep=".002"', 'timestep=".002" integrator="implicitfast"')
     s = states(xml, 3, disable=int(flags))
-    found = solver_residual(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.force, s.fields, s.active)
+    found = solver_residual(s.structure, s.state, s.a, s.fields, s.active)
     assert found.max() < 1e-10
-    hessian(s.structure, s.base, s.v, s.a, s.act, s.ctrl, s.fields, s.active, "implicit")
+    hessian(s.structure, s.state, s.a, s.fields, s.active, "implicit")
 
 
 _HINGE = '<body><joint name="j" {j}/><geom size=".1"/><site name="s"/></body>'

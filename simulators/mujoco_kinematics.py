@@ -70,9 +70,8 @@ class _Frame:
     rotation: Tensor
 
 
-def poses(structure: Structure, state: State) -> Poses:
-    """Poses and axes at `base` displaced by d."""
-    base, d = state.base, state.d
+def poses(structure: Structure, base: Tensor, d: Tensor) -> Poses:
+    """Poses and axes at base [B, nq] displaced by d [B, nv], whose value is zero."""
     batch = (max(len(base), len(d)),)
     start, turn = structure.body_pos.expand(*batch, -1, -1), structure.body_quat.expand(*batch, -1, -1)
     turned = quaternion_matrix(turn)

@@ -94,7 +94,7 @@ def solver_residual(structure: Structure, state: State, a: Tensor, fields: Field
 
 def mass_power(structure: Structure, state: State, mu: Tensor, z: Tensor, fields: Fields) -> Tensor:
     """mu' M(q) z [B]."""
-    at = poses(structure, state)
+    at = poses(structure, state.base, state.d)
     left, right = twists(structure, at.axes, mu[:, None]), twists(structure, at.axes, z[:, None])
     wrench = inertia_wrench(at, fields, None, right)
     return wrench_power(at, fields, left, wrench)[:, 0] + armature_power(structure, mu, z, fields)
@@ -113,7 +113,7 @@ def damping_power(structure: Structure, state: State, mu: Tensor, w: Tensor, fie
     if kind == "implicitfast" and not bool(structure.lone.any()):
         return total
     kept = mu if kind == "implicit" else mu * structure.lone
-    at = poses(structure, state)
+    at = poses(structure, state.base, state.d)
     virtual = twists(structure, at.axes, kept[:, None])
     ahead, behind = (_bias_power(structure, at, virtual, state.v + sign * w, fields) for sign in (1, -1))
     return total - (ahead - behind) / 2
@@ -170,7 +170,7 @@ def _parts(
 
 
 def _motion(structure: Structure, state: State, along: Tensor) -> Motion:
-    at = poses(structure, state)
+    at = poses(structure, state.base, state.d)
     bias = velocity_bias(structure, at.axes, along[:, 0])
     return Motion(state, along, at, twists(structure, at.axes, along), bias)
 

@@ -48,7 +48,7 @@ def acceleration_program(
     def value(x: Tensors) -> Tensors:
         base, _, *state = x[: len(STATE)]
         w, a, residual = engine((base, *state), dict(zip(names, x[len(STATE) :], strict=True)))
-        _report(residual, tolerance, strict)
+        check_residual(residual, tolerance, strict)
         return w, a
 
     return Program(value, products.push, products.pull, products.second)
@@ -76,13 +76,14 @@ def _products(structure: Structure, names: tuple[str, ...], kind: Kind, backend:
     return fallback
 
 
-def _report(residual: Tensor, tolerance: float, strict: bool) -> None:
-    worst = float(residual.max()) if len(residual) else 0.0
+def check_residual(residual: Tensor, tolerance: float, strict: bool) -> None:
+    """Warn `UnconvergedWarning` where a residual is above the tolerance; under `strict` raise `UnconvergedError`."""
+    worst = float(residual.max()) if residual.numel() else 0.0
     if worst <= tolerance:
         return
     message = (
         f"MuJoCo's solver left a residual of {worst:.1e} of the largest force in {int((residual > tolerance).sum())} "
-        f"of {len(residual)} environments, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
+        f"of {residual.numel()} states, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
         "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
     )
     if strict:

@@ -36,6 +36,9 @@ Accelerate = Callable[
 ]
 """(q `[C, nq]`, v, act, ctrl, force), fields `[C or 1, ...]` -> w `[C, nv]`, a `[C, nv]`, residual `[C]`"""
 
+Roll = Callable[[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor] | None]
+"""(q, v, act), controls `[B, N, nu]`, force `[B, N, nv]`, fields -> states `[B, N, nq + nv + na]`, residual `[B, N]`"""
+
 _KEPT = 4  # pools of different sizes kept alive: a rollout and its derivatives use two or three
 _ENGINE_NAME = {"gravity": "opt.gravity"}
 _FOLLOWING = {"body_inertia": "body_iquat", "body_mass": "body_subtreemass"}  # written along with a field
@@ -82,25 +85,15 @@ def accelerate(model: Any, names: tuple[str, ...], kind: Kind, *, threads: int =
 
     `threads`: 0 uses all processors. Raises `SimulationDivergedError` where a state or an acceleration is not finite.
     """
-    pools: dict[int, _Pool] = {}
-    lock = threading.Lock()
-    table = _tables(model)
+    pool_of, lock, table = _pools(model, names, threads), threading.Lock(), _tables(model)
 
     def value(
         state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], fields: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         arrays = [x.numpy() for x in state]
         given = {name: fields[name].numpy() for name in names}
-        count = max(len(x) for x in (*arrays, *given.values()))
         with lock:  # a batch of the engine belongs to one call at a time
-            pool = pools.pop(count, None) or _pool(model, names, count, threads)
-            pools[count] = pool  # last used, last in order
-            if len(pools) > _KEPT:
-                pools.pop(next(iter(pools)))
-            for target, source in zip(pool.inputs, arrays, strict=True):
-                target[:] = source
-            for name, array in given.items():
-                _write(pool, table, name, array)
+            pool = _loaded(pool_of, table, arrays, given)
             with engine_messages():
                 if kind == "explicit":
                     pool.batch.forward()
@@ -109,11 +102,74 @@ def accelerate(model: Any, names: tuple[str, ...], kind: Kind, *, threads: int =
             a, smooth, constraint, mass = pool.outputs
             w = a.copy() if kind == "explicit" else (pool.qvel - arrays[1]) / model.opt.timestep
             residual = _residual(table, pool.square, mass, a, smooth, constraint)
-            found = w, a.copy(), residual
+            found = w, a.copy()
         _check_finite(residual)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(residual)
 
     return value
+
+
+def engine_rollout(model: Any, names: tuple[str, ...], *, threads: int = 1) -> Roll:
+    """The function that steps a prepared model N times in one call of the engine, without derivatives.
+
+    None where the engine complained on the way (it then holds the state): step by step, the complaint has a name.
+    Residuals are those of whole steps, of RK4 those of the first stage, which costs a quarter of a step more.
+    """
+    rk4 = integration(model)[0] == "rk4"
+    first_stage = accelerate(model, names, "explicit", threads=threads) if rk4 else None
+    pool_of, lock, table = _pools(model, names, threads), threading.Lock(), _tables(model)
+    inputs = int(mujoco.mjtState.mjSTATE_CTRL) | int(mujoco.mjtState.mjSTATE_QFRC_APPLIED)
+    record = ("qpos", "qvel", "act", "qacc", "qfrc_smooth", "qfrc_constraint", "M")
+
+    def roll(
+        state: tuple[Tensor, Tensor, Tensor], controls: Tensor, force: Tensor, fields: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        given = {name: fields[name].numpy() for name in names}
+        arrays = [x.numpy() for x in (*state, controls[:, 0], force[:, 0])]
+        control = torch.cat([controls, force], -1).numpy()
+        with lock:
+            pool = _loaded(pool_of, table, arrays, given)
+            if pool.batch.nsim != len(control):
+                control = np.broadcast_to(control, (pool.batch.nsim, *control.shape[1:]))
+            with engine_messages() as complaints:
+                found = pool.batch.rollout(control.shape[1], control, control_spec=inputs, record=record)
+        if complaints:
+            return None
+        states = torch.from_numpy(np.concatenate([found[name] for name in record[:3]], -1))
+        if first_stage is not None:
+            before = [torch.cat(state, -1).expand(len(states), -1), *states.unbind(1)]
+            parts = [x.split([x.shape[1] for x in state], -1) for x in before[: states.shape[1]]]
+            steps = zip(parts, controls.unbind(1), force.unbind(1), strict=True)
+            return states, torch.stack([first_stage((*part, u, f), fields)[2] for part, u, f in steps], 1)
+        a, smooth, constraint, mass = (found[name].reshape(-1, found[name].shape[-1]) for name in record[3:])
+        residual = _residual(table, np.zeros((len(a), model.nv**2)), mass, a, smooth, constraint)
+        return states, torch.from_numpy(residual.reshape(states.shape[:2]))
+
+    return roll
+
+
+def _pools(model: Any, names: tuple[str, ...], threads: int) -> Callable[[int], _Pool]:
+    """The pool of a number of environments; a few are kept."""
+    kept: dict[int, _Pool] = {}
+
+    def pool_of(count: int) -> _Pool:
+        pool = kept.pop(count, None) or _pool(model, names, count, threads)
+        kept[count] = pool  # last used, last in order
+        if len(kept) > _KEPT:
+            kept.pop(next(iter(kept)))
+        return pool
+
+    return pool_of
+
+
+def _loaded(pool_of: Callable[[int], _Pool], table: _Tables, arrays: list[Array], fields: Mapping[str, Array]) -> _Pool:
+    """The pool that holds these states and fields."""
+    pool = pool_of(max(len(x) for x in (*arrays, *fields.values())))
+    for target, source in zip(pool.inputs, arrays, strict=True):
+        target[:] = source
+    for name, array in fields.items():
+        _write(pool, table, name, array)
+    return pool
 
 
 def _pool(model: Any, names: tuple[str, ...], count: int, threads: int) -> _Pool:

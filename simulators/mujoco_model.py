@@ -30,11 +30,13 @@ from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_pairs import check_contact_pairs
 from sim2real.simulators.mujoco_parameters import DELAY, ThetaSpec, Weights, field_map, parameter_model
 from sim2real.simulators.mujoco_rollout import segmented_rollout
+from sim2real.simulators.mujoco_sensitivity import engine_sensitivity
 from sim2real.simulators.mujoco_step import (
     GradientGuard,
     StepSettings,
     commands_under_way,
     control_step,
+    engine_roll,
     to_engine,
 )
 from sim2real.simulators.mujoco_structure import structure
@@ -135,7 +137,8 @@ def mujoco_model(
         discount=discount,
         terminal=terminal,
         observe=observe,
-        open_loop=segmented_rollout(step, segment),
+        open_loop=segmented_rollout(step, partial(engine_roll, system, settings), segment),
+        sensitivity=engine_sensitivity(system, settings, step),
         derivative_order=1 if system.structure.uncovered else 2,
         names=labels if signal is None else labels | {"signal": tuple(signal)},
         units=units,

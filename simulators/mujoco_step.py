@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import mujoco
 import torch
 from torch import Tensor
 
@@ -93,8 +94,7 @@ def engine_inputs(
 ) -> EngineInputs:
     """Split a state (float64, on the CPU) and find the controls that act."""
     model = system.structure.model
-    first = model.nq + model.nv + model.na
-    last = first + settings.commands * model.nu
+    first, last = _pending(model, settings)
     theta = {key: to_engine(value) for key, value in theta.items()}
     state = split_state(model, s)
     force = torch.zeros_like(state[1])
@@ -105,9 +105,50 @@ def engine_inputs(
     return EngineInputs(state, settings.fields(theta), controls, force, known[..., 1:, :].flatten(-2))
 
 
+def engine_roll(
+    system: MujocoSystem, settings: StepSettings, theta: Params, start: Tensor, actions: Tensor, noise: Tensor
+) -> Tensor | None:
+    """States `[B, T+1, n]` of `control_step` T times, without derivatives, in one call of the engine.
+
+    None where the engine complained: the chained steps then say of what.
+    """
+    model = system.structure.model
+    theta = {key: to_engine(value) for key, value in theta.items()}
+    s, a = to_engine(start), to_engine(actions)
+    size = max(len(s), len(a))
+    first, last = _pending(model, settings)
+    before = s[:, first:last].unflatten(-1, (settings.commands, model.nu))
+    sequence = torch.cat([before.expand(size, -1, -1), a.expand(size, -1, -1)], 1)
+    windows = sequence.unfold(1, settings.commands + 1, 1).transpose(2, 3)  # [B, T, commands + 1, nu]
+    steps = windows.shape[1]
+    each = {k: v.repeat_interleave(steps, 0) if k == DELAY and v.ndim else v for k, v in theta.items()}
+    controls = torch.stack(_controls(each, windows.flatten(0, 1), settings, float(model.opt.timestep)), 1)
+    controls = controls.reshape(size, steps * settings.frame_skip, model.nu)
+    force = torch.zeros(size, steps, model.nv, dtype=torch.float64)
+    if settings.force_std is not None:
+        force = settings.force_std * to_engine(noise)[..., : model.nv].expand(size, -1, -1)
+    found = system.roll(
+        split_state(model, s), controls, force.repeat_interleave(settings.frame_skip, 1), settings.fields(theta)
+    )
+    if found is None:
+        return None
+    states, residual = found
+    system.check(residual)
+    parts = [states[:, settings.frame_skip - 1 :: settings.frame_skip], windows[:, :, 1:].flatten(2)]
+    if settings.truncation is not None:
+        parts.append((s[:, None, -1:] + torch.arange(1.0, steps + 1.0, dtype=s.dtype)[:, None]).expand(size, -1, -1))
+    return torch.cat([s.expand(size, -1).unsqueeze(1), torch.cat(parts, -1)], 1).to(start)
+
+
 def to_engine(tensor: Tensor) -> Tensor:
     """In the precision and on the device of the engine."""
     return tensor.to(device="cpu", dtype=torch.float64)
+
+
+def _pending(model: mujoco.MjModel, settings: StepSettings) -> tuple[int, int]:
+    """First and last column of the commands under way."""
+    first = model.nq + model.nv + model.na
+    return first, first + settings.commands * model.nu
 
 
 def _controls(theta: Params, known: Tensor, settings: StepSettings, time_step: float) -> list[Tensor]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import mujoco
 import torch
 from torch import Tensor
 
 from sim2real.params import Params
-from sim2real.simulators.mujoco_acceleration import Backend, acceleration_program
-from sim2real.simulators.mujoco_forward import Kind, integration
+from sim2real.simulators.mujoco_acceleration import Backend, acceleration_program, check_residual
+from sim2real.simulators.mujoco_forward import Kind, Roll, engine_rollout, integration
 from sim2real.simulators.mujoco_integrators import (
     Activations,
     Coordinates,
@@ -45,6 +46,10 @@ class MujocoSystem:
     activations: Activations
     dynprm: Tensor
     """`[1, nu, 10]` the model's own"""
+    roll: Roll
+    """many engine steps at once, without derivatives"""
+    check: Callable[[Tensor], None]
+    """warns of solver residuals, or raises"""
 
 
 def mujoco_system(
@@ -68,9 +73,17 @@ def mujoco_system(
     program = acceleration_program(
         tables, names, kind, backend=backend, threads=threads, tolerance=tolerance, strict=strict
     )
-    dynprm = nominal_fields(tables)["actuator_dynprm"]
     return MujocoSystem(
-        tables, names, scheme, kind, program, coordinates(tables.model), activations(tables.model), dynprm
+        structure=tables,
+        names=names,
+        scheme=scheme,
+        kind=kind,
+        program=program,
+        coordinates=coordinates(tables.model),
+        activations=activations(tables.model),
+        dynprm=nominal_fields(tables)["actuator_dynprm"],
+        roll=engine_rollout(tables.model, names, threads=threads),
+        check=partial(check_residual, tolerance=tolerance, strict=strict),
     )
 
 

@@ -34,11 +34,11 @@ _BOX = Box(
     low={"spring": 0.0, "damping": 0.01, "gear": 1.0},
     high={"spring": 20.0, "damping": 5.0, "gear": 15.0},
     unit={"spring": "N m/rad", "damping": "N m s/rad", "gear": "1"},
-    default={"spring": 1.0, "damping": 0.3, "gear": 3.0},
+    default={"spring": 8.0, "damping": 2.0, "gear": 3.0},
 )
 
 
-def spring_arm(*, dt: float = 0.05, discount: float = 0.95, noise_std: float = 0.1, linear: bool = False) -> LeaderTask:
+def spring_arm(*, dt: float = 0.1, discount: float = 0.9, noise_std: float = 0.1, linear: bool = False) -> LeaderTask:
     """State (angle, angular_velocity), action (torque,); theta: spring, damping, gear. One discount for both.
 
     Starts are normal around rest, `START`. Raises `ValueError` for a time step or a noise that is not positive.
@@ -85,7 +85,7 @@ def _cost(rates: tuple[float, float, float], state: Tensor, action: Tensor) -> T
     return rates[0] * angle**2 + rates[1] * w**2 + rates[2] * action[..., 0] ** 2
 
 
-def spring_arm_matrices(theta: Params, *, dt: float = 0.05) -> tuple[Tensor, Tensor]:
+def spring_arm_matrices(theta: Params, *, dt: float = 0.1) -> tuple[Tensor, Tensor]:
     """A `[2, 2]` and B `[2, 1]` of the arm linearised where it stands upright, differentiable in theta."""
     inertia = MASS * LENGTH**2 + ROTOR * theta["gear"] ** 2
     push = [MASS * GRAVITY * LENGTH - theta["spring"], -theta["damping"], theta["gear"]]

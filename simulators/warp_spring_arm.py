@@ -13,7 +13,7 @@ from sim2real.simulators.warp_model import warp_twin
 
 
 def warp_spring_arm(
-    *, dt: float = 0.05, discount: float = 0.95, noise_std: float = 0.1, linear: bool = False
+    *, dt: float = 0.1, discount: float = 0.9, noise_std: float = 0.1, linear: bool = False
 ) -> LeaderTask:
     """Options and result as `spring_arm`; the follower's world is stepped and rolled out by Warp."""
     twin = spring_arm(dt=dt, discount=discount, noise_std=noise_std, linear=linear)

@@ -13,6 +13,7 @@ EXAMPLES = {
     # file: (arguments, text expected in the output, modules it needs)
     "bench_rig.py": (("--quick", "--out", "rig"), "done in", ()),
     "compare_gradients.py": (("--quick", "--plot", "figure.png"), "cost per period", ()),
+    "design_arm.py": (("--quick", "--plot", "figure.png"), "last design", ("torchrl", "warp")),
     "design_building.py": (("--quick", "--plot", "figure.png"), "last design", ()),
     "design_four_rooms.py": (("--quick", "--plot", "figure.png"), "exact leader value", ()),
     "hdpo_inventory.py": (("--quick", "--plot", "figure.png"), "sharing weights saves", ()),

@@ -5,7 +5,7 @@ Every force enters as virtual power, force times the rate of its own coordinate 
     inertia of a body    m a_c . v_c(lam) + (I A + w x I w) . w(lam)                c: centre of mass, A, w: world frame
     armature, damping    lam_i m_i a_i,  -lam_i b_i v_i
     spring               -k (q - q_spring) lam,  with the rotation vector of q_spring^-1 q for balls and free joints
-    tendon y = sum c q   -(b y' + k (y outside its slack range)) y(lam),  armature m y'' y(lam)
+    tendon y = sum c q   -(b y' + k (y outside its slack range)) y(lam),  armature m y'' y(lam) within branches
 
 Gravity acts as a spatial acceleration -g of the world. Reference: Featherstone, Rigid Body Dynamics Algorithms, 2008,
 2.13 and 5.3; mujoco_recipe 1.
@@ -80,8 +80,7 @@ def armature_power(structure: Structure, lam: Tensor, a: Tensor, fields: Fields)
     power = (lam * fields["dof_armature"] * a).sum(-1)
     if not structure.model.ntendon:
         return power
-    rows = structure.tendon_coef.T
-    return power + ((lam @ rows) * fields["tendon_armature"] * (a @ rows)).sum(-1)
+    return power + ((_tendon_inertia(structure, fields) @ a[..., None]).squeeze(-1) * lam).sum(-1)
 
 
 def mass_matrix(structure: Structure, poses: Poses, columns: Tensor, fields: Fields) -> Tensor:
@@ -93,8 +92,11 @@ def mass_matrix(structure: Structure, poses: Poses, columns: Tensor, fields: Fie
     matrix = matrix + torch.diag_embed(fields["dof_armature"])
     if not structure.model.ntendon:
         return matrix
-    rows = structure.tendon_coef
-    return matrix + rows.T @ (fields["tendon_armature"][..., None] * rows)
+    return matrix + _tendon_inertia(structure, fields)
+
+
+def _tendon_inertia(structure: Structure, fields: Fields) -> Tensor:
+    return (fields["tendon_armature"] @ structure.tendon_inertia.flatten(1)).unflatten(-1, (structure.model.nv,) * 2)
 
 
 def coordinates(structure: Structure, state: State) -> Tensor:

@@ -119,6 +119,8 @@ class Structure:
     free_dof: Tensor
     tendon_coef: Tensor
     """[ntendon, nv] coefficients of fixed tendons; rows of spatial tendons are zero"""
+    tendon_inertia: Tensor
+    """[ntendon, nv, nv] inertia per armature: coef coef' within branches, since MuJoCo's M has no entries across"""
     tendon_free: Tensor
     """[ntendon, 2] range of lengths in which the spring is slack"""
     transmission: Tensor
@@ -187,6 +189,7 @@ def structure(model: mujoco.MjModel) -> Structure:
         free_qpos=_index([j.qpos for j in free]),
         free_dof=_index([j.dof for j in free]),
         tendon_coef=coefficients,
+        tendon_inertia=coefficients[:, :, None] * coefficients[:, None] * _mass_pattern(prepared),
         tendon_free=_real(prepared.tendon_lengthspring).reshape(-1, 2),
         transmission=rows,
         turning=quaternion_rows,
@@ -283,6 +286,16 @@ def _tendon_coefficients(model: mujoco.MjModel) -> Tensor:
             if model.wrap_type[k] == int(mujoco.mjtWrap.mjWRAP_JOINT):
                 rows[tendon, model.jnt_dofadr[model.wrap_objid[k]]] += model.wrap_prm[k]
     return _real(rows)
+
+
+def _mass_pattern(model: mujoco.MjModel) -> Tensor:
+    """[nv, nv] 1 where MuJoCo's inertia matrix has an entry: degrees of freedom on one branch of the tree."""
+    pattern = np.zeros((model.nv, model.nv))
+    for row in range(model.nv):
+        first = int(model.M_rowadr[row])
+        columns = model.M_colind[first : first + int(model.M_rownnz[row])]
+        pattern[row, columns] = pattern[columns, row] = 1
+    return _real(pattern)
 
 
 def _transmissions(

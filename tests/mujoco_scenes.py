@@ -99,6 +99,15 @@ _TIES = (
     '<equality><connect site1="b" site2="c"/><tendon tendon1="t1" tendon2="t2" polycoef=".1 .5 .1 0 0"/>'
     '<joint joint1="s1" polycoef=".01 0 0 0 0"/><weld body1="y" solref=".05 1"/></equality>'
 )
+_BRANCHES = (
+    '<body pos="0 0 1"><joint name="r" axis="0 1 0"/><geom size=".05"/>'
+    '<body pos=".1 0 0"><joint name="p" axis="0 1 0"/><joint name="s" type="slide"/><geom size=".05" pos=".1 0 0"/></body>'
+    '<body pos="-.1 0 0"><joint name="q" axis="0 1 0"/><geom size=".05" pos="-.1 0 0"/></body></body>'
+)
+_ACROSS = (
+    '<tendon><fixed armature=".002"><joint joint="p" coef="1"/><joint joint="s" coef="-1"/><joint joint="q" coef="2"/>'
+    '<joint joint="r" coef=".5"/></fixed></tendon>'
+)
 _ADHESION = '<actuator><adhesion body="box" gain="3" ctrlrange="0 1"/></actuator>'
 
 SCENES: dict[str, str] = {
@@ -131,6 +140,7 @@ SCENES: dict[str, str] = {
     "joint force range": scene(
         arm(hinge='actuatorfrcrange="-.3 .3"'), extra='<actuator><position joint="h1" kp="20" kv="1"/></actuator>'
     ),
+    "tendon armature across branches": scene(_BRANCHES, extra=_ACROSS),
     "adhesion": scene(free("box"), extra=_ADHESION),
     "fluid": scene(arm(), option='density="1000" viscosity=".1"'),
     "spatial tendon, site, muscle": scene(

@@ -101,7 +101,8 @@ _TIES = (
 )
 _BRANCHES = (
     '<body pos="0 0 1"><joint name="r" axis="0 1 0"/><geom size=".05"/>'
-    '<body pos=".1 0 0"><joint name="p" axis="0 1 0"/><joint name="s" type="slide"/><geom size=".05" pos=".1 0 0"/></body>'
+    '<body pos=".1 0 0"><joint name="p" axis="0 1 0"/><joint name="s" type="slide"/>'
+    '<geom size=".05" pos=".1 0 0"/></body>'
     '<body pos="-.1 0 0"><joint name="q" axis="0 1 0"/><geom size=".05" pos="-.1 0 0"/></body></body>'
 )
 _ACROSS = (

@@ -26,6 +26,7 @@ from torch import Tensor
 from sim2real.bounds import Box
 from sim2real.params import Params
 from sim2real.simulators.mujoco_inertia import inverse_weights, log_cholesky, pseudo_inertia, restore_weights
+from sim2real.simulators.mujoco_patches import Patch, make_patch, patched
 from sim2real.simulators.mujoco_properties import (
     PROPERTIES,
     PSEUDO_INERTIA,
@@ -148,25 +149,43 @@ def field_map(structure: Structure, spec: ThetaSpec, *, weights: Weights = "froz
     simple = [b for b, name in enumerate(element_names(model, "body")) if {name, f"body {b}"} & set(structure.simple)]
     follow = inverse_weights(model, simple) if weights == "moving" and touched & set(_MOVES_WEIGHTS) else None
 
+    plan = _plan(entries, resolved, nominal)
+    pseudo = {name for name, targets in resolved.items() if any(target.row is PSEUDO_INERTIA for target in targets)}
+
     def fields(theta: Params) -> dict[str, Tensor]:
-        columns: dict[str, list[tuple[int, Tensor]]] = {}
-        factors: dict[str, list[tuple[int, Tensor]]] = {}
-        for name, targets in resolved.items():
-            if not targets:
-                continue
-            value = _rows(name, theta, shapes[name])
-            for target in targets:
-                _spread(target, value, entries[name].scale, factors if entries[name].scale else columns)
-        names = columns.keys() | factors.keys()
-        found = {
-            field: _filled(nominal[field], columns.get(field, []), factors.get(field, [])) for field in sorted(names)
-        }
+        columns = {name: _rows(name, theta, shapes[name]) for name, targets in resolved.items() if targets}
+        for name in pseudo:
+            columns[name] = pseudo_inertia(columns[name])
+        found = {field: patched(nominal[field], patches, columns) for field, patches in plan.items()}
         if follow is None:
             return found
         sample = next(iter(found.values()))
         return found | follow({name: found.get(name, nominal[name].to(sample)) for name in _MOVES_WEIGHTS})
 
     return box, fields
+
+
+def _plan(
+    entries: Mapping[str, Parameter], resolved: Mapping[str, tuple[_Target, ...]], nominal: Mapping[str, Tensor]
+) -> dict[str, tuple[Patch, ...]]:
+    """What theta does to every field that it reaches: first numbers are set, then multiplied."""
+    widths = {name: 1 if entries[name].scale else len(t[0].nominal.reshape(-1)) for name, t in resolved.items() if t}
+    found: dict[str, tuple[Patch, ...]] = {}
+    for field in sorted(
+        {place.field for targets in resolved.values() for target in targets for place in target.places}
+    ):
+        made = []
+        for multiply in (False, True):
+            assigned = [
+                (name, replace(place, component=0, factor=1.0) if multiply else place)
+                for name, targets in resolved.items()
+                for target in targets
+                for place in target.places
+                if place.field == field and entries[name].scale == multiply
+            ]
+            made.append(make_patch(assigned, widths, nominal[field].numel(), multiply=multiply))
+        found[field] = tuple(patch for patch in made if patch is not None)
+    return found
 
 
 def target_names(model: mujoco.MjModel, spec: ThetaSpec) -> dict[str, tuple[str, ...]]:
@@ -278,39 +297,12 @@ def _box(model: mujoco.MjModel, entries: Mapping[str, Parameter], resolved: Mapp
 
 
 def _rows(name: str, theta: Params, shape: torch.Size) -> Tensor:
-    """The entry as `[1 or B, *shape]`."""
+    """The entry as `[1 or B, width]`."""
     if name not in theta:
         raise ValueError(f"theta lacks '{name}'; it holds {sorted(theta)}")
     value = theta[name]
     if value.shape == shape:
-        return value[None]
+        return value.reshape(1, -1)
     if value.ndim == len(shape) + 1 and value.shape[1:] == shape:
-        return value
+        return value.reshape(len(value), -1)
     raise ValueError(f"theta['{name}'] is {tuple(value.shape)}, expected {tuple(shape)} or [B, *{tuple(shape)}]")
-
-
-def _spread(target: _Target, value: Tensor, scale: bool, into: dict[str, list[tuple[int, Tensor]]]) -> None:
-    """Append (position, column `[1 or B]`) for every number that the target sets or scales."""
-    columns = pseudo_inertia(value) if target.row is PSEUDO_INERTIA else value.reshape(len(value), -1)
-    for place in target.places:
-        column = columns[:, 0] if scale else columns[:, place.component] * place.factor
-        into.setdefault(place.field, []).append((place.position, column))
-
-
-def _filled(nominal: Tensor, columns: list[tuple[int, Tensor]], factors: list[tuple[int, Tensor]]) -> Tensor:
-    """The field `[1 or B, *shape]` with some numbers replaced, then some multiplied; nothing is written in place."""
-    sample = (columns or factors)[0][1]
-    flat = nominal.to(sample).reshape(1, -1)
-    count = max(len(column) for _, column in (*columns, *factors))
-    for pairs, multiply in ((columns, False), (factors, True)):
-        if not pairs:
-            continue
-        position = [at for at, _ in pairs]
-        new = torch.stack([column.expand(count) for _, column in pairs], -1)
-        old = flat.expand(count, -1)
-        source = list(range(old.shape[-1]))
-        for k, at in enumerate(position):
-            source[at] = old.shape[-1] + k
-        joined = torch.cat([old, new * old[:, position] if multiply else new], -1)
-        flat = joined[:, torch.tensor(source, device=joined.device)]
-    return flat.reshape(-1, *nominal.shape[1:])

@@ -77,12 +77,12 @@ def freeze_uncovered(
     v = state.v
     states = [x.cpu().numpy().astype(np.float64) for x in (state.base, v, state.act, state.ctrl)]
     forces, slopes = [], []
-    for env in range(len(v)):
-        row = {name: _row(value, env) for name, value in written.items()}
-        with engine_messages():
+    with engine_messages():
+        for env in range(len(v)):
+            row = {name: _row(value, env) for name, value in written.items()}
             force, slope = _differences(engine, tuple(x[env] for x in states), row, read)
-        forces.append(force)
-        slopes.append(slope)
+            forces.append(force)
+            slopes.append(slope)
     real = lambda arrays: torch.as_tensor(np.stack(arrays), dtype=v.dtype, device=v.device)
     entries = {name: torch.as_tensor(index, device=v.device) for name, index in read.items()}
     origin = {name: fields[name].detach().flatten(1)[:, index] for name, index in entries.items()}

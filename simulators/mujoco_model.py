@@ -31,6 +31,7 @@ from sim2real.simulators.mujoco_pairs import check_contact_pairs
 from sim2real.simulators.mujoco_parameters import DELAY, ThetaSpec, Weights, field_map, parameter_model
 from sim2real.simulators.mujoco_rollout import segmented_rollout
 from sim2real.simulators.mujoco_sensitivity import engine_sensitivity
+from sim2real.simulators.mujoco_smoothing import ContactSmoothing, smoothed_system
 from sim2real.simulators.mujoco_step import (
     GradientGuard,
     StepSettings,
@@ -81,6 +82,7 @@ def mujoco_model(
     tolerance: float = 1e-9,
     strict: bool = False,
     check_pairs: bool = True,
+    smoothing: ContactSmoothing | None = None,
 ) -> ModelMDP:
     """A MuJoCo model as an MDP whose step has exact first and second derivatives, parameters included.
 
@@ -101,7 +103,7 @@ def mujoco_model(
     backend: "auto" takes Warp kernels where they cover the model; threads: of the engine, 0 for all processors. A
     solver residual above `tolerance` of the largest force warns `UnconvergedWarning`; under `strict` it raises
     `UnconvergedError`. check_pairs=False lets a model pass in which a cylinder can stand on a flat body, a contact that
-    has no derivative: its states raise instead.
+    has no derivative: its states raise instead. smoothing: contacts set in gradually, see `ContactSmoothing`.
 
     Raises `MujocoUnsupportedError`, by element, for what has no derivative, `ParameterNameError`, `XmlRefusedError`,
     and `ValueError` for settings that do not fit the model.
@@ -114,7 +116,8 @@ def mujoco_model(
     tables = structure(model)
     box, fields = field_map(tables, theta, weights=weights) if len(theta) else (Box(), _no_fields)
     names = tuple(fields({key: torch.as_tensor(value) for key, value in box.default.items()}))
-    system = mujoco_system(tables, names, backend=backend, threads=threads, tolerance=tolerance, strict=strict)
+    build = partial(mujoco_system, names=names, backend=backend, threads=threads, tolerance=tolerance, strict=strict)
+    system = smoothed_system(model, smoothing, names, build)
     time_step = float(model.opt.timestep)
     longest = box.high[DELAY] if DELAY in box.default else delay
     settings = StepSettings(

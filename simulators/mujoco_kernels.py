@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forward import Kind
-from sim2real.simulators.mujoco_kernels_model import FIELDS, SOFT, powers_are_quadratic, tables, uncovered
+from sim2real.simulators.mujoco_kernels_model import FIELDS, SOFT, tables, uncovered
 from sim2real.simulators.mujoco_kernels_passes import (
     INTEGERS,
     NUMBERS,
@@ -117,7 +117,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     found.integers["elastic"] = np.int32((model.jnt_stiffness.reshape(-1) != 0) | varies)
     found.integers["slot_first"] = np.array([0, *np.cumsum(lengths)[:-1]], np.int32)
     found.integers["slot_length"] = np.array(lengths, np.int32)
-    sizes = {**found.sizes, "components": sum(lengths)}
+    sizes = {**found.sizes, "components": sum(lengths), "implicit": int(kind != "explicit")}
     kept = [torch.from_numpy(np.append(found.integers[name], 0).astype(np.int32)) for name in INTEGERS]
     kept += [torch.from_numpy(np.append(found.reals[name], 0.0)) for name in REALS]
     numbers = np.array([found.numbers[name] for name in NUMBERS]).view(np.int64)
@@ -126,13 +126,11 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
         kept.append(_describe(words, 0, name, array, 2))
     static = [t.data_ptr() for t in kept[: len(INTEGERS) + len(REALS)]] + [sizes[name] for name in SIZES]
     soft = bool(SOFT & set(names))
-    quadratic = powers_are_quadratic(model) and not soft
-    implicit = kind != "explicit"
     shapes = [(own.get(name, model.nv),) for name in STATE]
     shapes += [tuple(nominal_fields(structure)[name].shape[1:]) for name in names]
     return _Plan(
         names=names,
-        variant={which: Variant(which, implicit, soft, quadratic) for which in ("push", "pull", "second")},
+        variant={which: Variant(which, soft) for which in ("push", "pull", "second")},
         kept=tuple(kept),
         words=np.concatenate([words, np.array(static, np.int64), numbers]),
         shapes=tuple(shapes),
@@ -175,7 +173,7 @@ def _width(count: int) -> int:
 
 
 def _copies(tensors: Sequence[Tensor]) -> int:
-    return max(len(t) for t in tensors)
+    return max(t.shape[0] for t in tensors)
 
 
 def _run(
@@ -217,6 +215,6 @@ def _describe(words: NDArray[np.int64], part: int, name: str, tensor: Tensor, co
         at = WORDS * _INDEX[name] + 3 * part
         step, across = rows.stride()
         words[at] = rows.data_ptr()
-        words[at + 1] = 0 if len(rows) == 1 < count else step * _BYTES
+        words[at + 1] = 0 if rows.shape[0] == 1 < count else step * _BYTES
         words[at + 2] = across * _BYTES
     return rows

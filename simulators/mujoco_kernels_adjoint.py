@@ -18,7 +18,7 @@ where turn is the wrench dual to poses. Gradients by fields fall off on the way.
 from __future__ import annotations
 
 BODIES = """
-auto inertial = [&](int b, const S6& X, const S6& Y, S6& by_x, S6& by_y) {  // of X . (I Y)
+auto inertial = [&](int b, const S6& X, const S6& Y, S6& by_x, S6& by_y) APART {  // of X . (I Y)
     by_x = momentum(b, Y);
     by_y = momentum(b, X);
     by_turn[b] = by_turn[b] - X.wrench(by_x) - Y.wrench(by_y);
@@ -40,7 +40,7 @@ auto inertial = [&](int b, const S6& X, const S6& Y, S6& by_x, S6& by_y) {  // o
         gain(BODY_INERTIA, 6 * b + 5, x.y * y.z + x.z * y.y);
     }
 };
-auto body_gradients = [&]() {
+auto body_gradients = [&]() APART {
     for (int b = 0; b < bodies; ++b) {
         by_velocity[b] = by_rate[b] = by_bias[b] = by_turn[b] = by_push[b] = by_rest[b] = still;
         if (body_last[b] < 0) continue;
@@ -50,13 +50,13 @@ auto body_gradients = [&]() {
         const S6 lv = virtually[b].cross(velocity[b]);
         inertial(b, lv, velocity[b], x, y);
         by_velocity[b] = y - virtually[b].wrench(x);
-        if (IMPLICIT) inertial(b, pushed[b], rest[b], by_push[b], by_rest[b]);
+        if (implicit) inertial(b, pushed[b], rest[b], by_push[b], by_rest[b]);
     }
 };
 """
 
 ROW_GRADIENTS = """
-auto contact_gradient = [&](int k) {
+auto contact_gradient = [&](int k) APART {
     const Contact c = contact[k];
     const int dim = contact_dim[k], one = contact_body[2 * k], two = contact_body[2 * k + 1];
     const B near = value_of(c.distance) < V(contact_margin[k]);
@@ -94,7 +94,7 @@ auto contact_gradient = [&](int k) {
         for (int e = 0; e < 5; ++e) gain(GEOM_SOLIMP, 5 * contact_geom[2 * k + m] + e, rest[9 + 5 * m + e]);
     }
 };
-auto limit_gradient = [&](int k, int side) {
+auto limit_gradient = [&](int k, int side) APART {
     N x[16], y[16];
     const int j = limit_joint[k], d = joint_dof[j];
     limit_input(k, side, x);
@@ -114,7 +114,7 @@ auto limit_gradient = [&](int k, int side) {
 """
 
 GRADIENTS = """
-auto joint_gradients = [&]() {
+auto joint_gradients = [&]() APART {
     for (int b = bodies - 1; b > 0; --b) {
         S6 f = by_velocity[b], turn = by_turn[b];
         for (int g = body_group[b] + body_groups[b] - 1; g >= body_group[b]; --g) {
@@ -123,7 +123,7 @@ auto joint_gradients = [&]() {
             S6 u = still;
             for (int d = from; d < to; ++d) {
                 S6 s = load[b] * lam[d] + h * v[d] + by_rate[b] * a[d];
-                if (IMPLICIT) s = s + by_push[b] * mu[d] + by_rest[b] * z[d];
+                if (implicit) s = s + by_push[b] * mu[d] + by_rest[b] * z[d];
                 turn = turn + axis[d].wrench(s);
                 u = u + axis[d] * v[d];
             }
@@ -157,13 +157,13 @@ auto joint_gradients = [&]() {
         gain(SHIFT, d + 2, c.z);
     }
 };
-auto law_gradients = [&]() {
+auto law_gradients = [&]() APART {
     N x[16], y[16];
     for (int d = 0; d < dofs; ++d) {
         gain(VELOCITY, d, lam[d] * field(DOF_DAMPING, d));
         gain(FORCE, d, -lam[d]);
         N armature = lam[d] * a[d], damping = lam[d] * v[d];
-        if (IMPLICIT) {
+        if (implicit) {
             armature += mu[d] * z[d];
             damping -= mu[d] * w[d] * T(timestep);
         }

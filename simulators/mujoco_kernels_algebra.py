@@ -58,7 +58,7 @@ def piece_text(piece: Piece, *, dual: bool) -> str:
     outputs = graphs(piece, dual=dual)
     lines, results = statements(outputs, PRECISION)
     count = len(piece.outputs)
-    text = [f"auto {piece.name} = [&](const N* input, N* y) __attribute__((noinline)) {{"]
+    text = [f"auto {piece.name} = [&](const N* input, N* y) APART {{"]
     if dual:
         used = 1 + max((int(n) for n in _numbers(lines, results)), default=0)
         text += [f"V x[{used}], dx[{used}];"]

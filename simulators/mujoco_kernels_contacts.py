@@ -13,7 +13,7 @@ Reference: MuJoCo, engine_collision_primitive.c (plane-sphere, sphere-capsule, c
 from __future__ import annotations
 
 CORES = """
-auto cores = [&](int k) -> Cores {
+auto cores = [&](int k) APART -> Cores {
     const Pose one = pose[contact_body[2 * k]], two = pose[contact_body[2 * k + 1]];
     const T along = contact_half0[k], across = contact_half1[k];
     const V3 p = one.p + one.turn(contact_point0 + 3 * k), q = two.p + two.turn(contact_point1 + 3 * k);
@@ -53,7 +53,21 @@ auto cores = [&](int k) -> Cores {
 """`cores(k)`: the nearest points of two cores, and which of them slide"""
 
 CONTACTS = """
-auto touching = [&](int k) -> Contact {  // frame and distance of candidate k
+auto middle_of = [&](const Pose& at, const T* k, V* u) {
+    u[0] = value_of(at.p.x) + value_of(at.x.x) * k[0] + value_of(at.y.x) * k[1] + value_of(at.z.x) * k[2];
+    u[1] = value_of(at.p.y) + value_of(at.x.y) * k[0] + value_of(at.y.y) * k[1] + value_of(at.z.y) * k[2];
+    u[2] = value_of(at.p.z) + value_of(at.x.z) * k[0] + value_of(at.y.z) * k[1] + value_of(at.z.z) * k[2];
+};
+auto far_apart = [&](int k) -> bool {  // by the spheres around both cores
+    if (contact_kind[k] == 0) return false;
+    V p[3], q[3], square = V(T(0));
+    middle_of(pose[contact_body[2 * k]], contact_point0 + 3 * k, p);
+    middle_of(pose[contact_body[2 * k + 1]], contact_point1 + 3 * k, q);
+    for (int m = 0; m < 3; ++m) square += (q[m] - p[m]) * (q[m] - p[m]);
+    const T reach = contact_reach[k];
+    return __builtin_reduce_and(square > V(reach * reach)) != 0;
+};
+auto touching = [&](int k) APART -> Contact {  // frame and distance of candidate k
     const Pose one = pose[contact_body[2 * k]], two = pose[contact_body[2 * k + 1]];
     const V3 p = one.p + one.turn(contact_point0 + 3 * k), q = two.p + two.turn(contact_point1 + 3 * k);
     const N low = real(V(contact_radius0[k])), high = real(V(contact_radius1[k]));
@@ -73,11 +87,11 @@ auto touching = [&](int k) -> Contact {  // frame and distance of candidate k
     return {n, t, n.cross(t), x, length - low - high};
 };
 auto direction = [](const Contact& c, int m) -> V3 { return m == 0 ? c.n : m == 1 ? c.t : c.s; };
-auto rates = [&](const Contact& c, int k, const S6* twist, N* y) {  // of the contact along a twist of all bodies
+auto rates = [&](const Contact& c, int k, const S6* twist, N* y) APART {  // of the contact along a twist of all bodies
     const V3 u = point_rate(twist[contact_body[2 * k + 1]] - twist[contact_body[2 * k]], c.x);
     for (int m = 0; m < contact_dim[k]; ++m) y[m] = direction(c, m).dot(u);
 };
-auto contact_input = [&](int k, const Contact& c, N* x) {  // all but the rate along lam
+auto contact_input = [&](int k, const Contact& c, N* x) APART {  // all but the rate along lam
     const int dim = contact_dim[k];
     rates(c, k, velocity, x + dim);
     rates(c, k, rate, x + 2 * dim);
@@ -99,7 +113,7 @@ auto contact_input = [&](int k, const Contact& c, N* x) {  // all but the rate a
 
 
 BETWEEN = """
-auto between_gradient = [&](int k, const V3& n, const V3& point, const N& distance) {
+auto between_gradient = [&](int k, const V3& n, const V3& point, const N& distance) APART {
     const Cores c = cores(k);
     const int one = contact_body[2 * k], two = contact_body[2 * k + 1];
     const T radii = (contact_radius0[k] - contact_radius1[k]) * T(0.5);
@@ -127,7 +141,7 @@ auto between_gradient = [&](int k, const V3& n, const V3& point, const N& distan
 """
 
 FRAMES = """
-auto frame_gradient = [&](int k, const Contact& c, V3* frame, const V3& point, const N& distance) {
+auto frame_gradient = [&](int k, const Contact& c, V3* frame, const V3& point, const N& distance) APART {
     const int one = contact_body[2 * k], two = contact_body[2 * k + 1];
     V3 n = frame[0], t = frame[1] + frame[2].cross(c.n);  // s = n x t
     const bool plane = contact_kind[k] == 0, bound = plane && contact_half1[k] > T(0);

@@ -36,11 +36,15 @@ def _larger(a: Node, b: Node) -> Node:
     return select(less(a, b), b, select(less(b, a), a, (a + b) * 0.5))
 
 
-def impedance(pos: Node, solimp: Sequence[Node], *, quadratic: bool) -> Node:
-    """The sigmoid of |pos| between dmin and dmax; quadratic: power 2, as MuJoCo's default, without `pow`."""
+def _smaller(a: Node, b: Node) -> Node:
+    return -_larger(-a, -b)
+
+
+def impedance(pos: Node, solimp: Sequence[Node]) -> Node:
+    """The sigmoid of |pos| between dmin and dmax."""
     low, high = (_clamped(solimp[k], _LEAST, _MOST) for k in (0, 1))
     width, middle = _at_least(solimp[2], 1e-15), _clamped(solimp[3], _LEAST, _MOST)
-    exponent = constant(2.0) if quadratic else _at_least(solimp[4], 1.0)
+    exponent = _at_least(solimp[4], 1.0)
     x = apply("abs", pos) / width
     rest = _ONE - x
     begin = power(x, exponent) / power(middle, exponent - 1.0)
@@ -67,7 +71,7 @@ def _mixed(one: Sequence[Node], two: Sequence[Node], weight: Node) -> list[Node]
     return [weight * a + (1.0 - weight) * b for a, b in zip(one, two, strict=True)]
 
 
-def _contact(x: Sequence[Node], dim: int, *, quadratic: bool) -> tuple[Node, int]:
+def _contact(x: Sequence[Node], dim: int) -> tuple[Node, int]:
     """phi of one contact with a friction pyramid (dim 3) or without friction (dim 1); and the first input that is soft.
 
     Inputs: rates along lam, v, a (dim each), distance, friction of both geoms, invweight of both bodies, | solref and
@@ -79,12 +83,12 @@ def _contact(x: Sequence[Node], dim: int, *, quadratic: bool) -> tuple[Node, int
     weight, margin, ratio, least = x[at + 19 : at + 23]
     pos = distance - margin
     direct = select(less(0.0, x[at + 5]), select(less(0.0, x[at + 7]), 0.0, 1.0), 1.0)
-    smaller = [select(less(a, b), a, b) for a, b in zip(x[at + 5 : at + 7], x[at + 7 : at + 9], strict=True)]
+    smaller = [_smaller(a, b) for a, b in zip(x[at + 5 : at + 7], x[at + 7 : at + 9], strict=True)]
     mixed = _mixed(x[at + 5 : at + 7], x[at + 7 : at + 9], weight)
     decided = select(less(weight * (1.0 - weight), 1e-30), 0.0, direct)  # one geom has priority
     solref = [select(less(0.5, decided), a, b) for a, b in zip(smaller, mixed, strict=True)]
     solimp = _mixed(x[at + 9 : at + 14], x[at + 14 : at + 19], weight)
-    grip = impedance(pos, solimp, quadratic=quadratic)
+    grip = impedance(pos, solimp)
     stiffness, damping = reference(solref, solimp[1], least)
     strength = grip / ((_ONE - grip) * (x[at + 3] + x[at + 4]))
     rows = [tuple(rate[0] for rate in rates)]
@@ -102,14 +106,14 @@ def _contact(x: Sequence[Node], dim: int, *, quadratic: bool) -> tuple[Node, int
 CONTACT_INPUTS = {1: 3 + 23, 3: 9 + 23}
 
 
-def contact_pieces(dim: int, *, quadratic: bool, soft: bool) -> list[Piece]:
+def contact_pieces(dim: int, *, soft: bool) -> list[Piece]:
     """`row` (force, and the upper triangle of stiff by rows) and `pull` of a contact; soft: solref, solimp move too."""
     x = inputs(CONTACT_INPUTS[dim])
-    phi, first = _contact(x, dim, quadratic=quadratic)
+    phi, first = _contact(x, dim)
     return _row_pieces(f"contact{dim}", phi, x, dim, first + 14 if soft else first)
 
 
-def limit_pieces(*, quadratic: bool, soft: bool) -> list[Piece]:
+def limit_pieces(*, soft: bool) -> list[Piece]:
     """The same of a joint limit.
 
     Inputs: rates along lam, v, a of the joint, its position, bound, invweight, | solref, solimp, | side (-1: lower
@@ -118,7 +122,7 @@ def limit_pieces(*, quadratic: bool, soft: bool) -> list[Piece]:
     x = inputs(16)
     side, margin, least = x[13:16]
     pos = side * (x[4] - x[3]) - margin
-    grip = impedance(pos, x[8:13], quadratic=quadratic)
+    grip = impedance(pos, x[8:13])
     stiffness, damping = reference(x[6:8], x[9], least)
     strength = grip / ((_ONE - grip) * x[5])
     by_lam, by_v, by_a = (-side * rate for rate in x[:3])

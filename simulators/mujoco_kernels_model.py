@@ -155,11 +155,6 @@ def tables(structure: Structure) -> Tables:
     )
 
 
-def powers_are_quadratic(model: mujoco.MjModel) -> bool:
-    """Whether all impedances have power 2."""
-    return all(bool((array[:, 4] == 2).all()) for array in (model.jnt_solimp, model.geom_solimp))
-
-
 def _matrix(quaternion: Any) -> NDArray[np.float64]:
     out = np.empty(9)
     mujoco.mju_quat2Mat(out, quaternion)
@@ -290,6 +285,8 @@ def _contacts(model: mujoco.MjModel) -> Tables:
             margin = model.geom_margin[one] + model.geom_margin[two]
             rows["contact_margin"].append(margin)
             rows["contact_weight"].append(_weight(model, one, two))
+            sizes = [rows[f"contact_{name}{k}"][-1] for name in ("half", "radius") for k in (0, 1)]
+            rows["contact_reach"].append(margin + sum(sizes))
     return Tables(
         {name: np.array(rows[name], np.int32) for name in _INTEGER},
         {name: np.array(rows[name], np.float64) for name in _REAL},
@@ -303,4 +300,5 @@ _REAL = (
     *(f"contact_{name}{k}" for name in ("point", "axis", "half", "radius") for k in (0, 1)),
     "contact_margin",
     "contact_weight",
+    "contact_reach",
 )

@@ -43,9 +43,20 @@ REALS = (
     *("body_pos", "body_turn", "joint_axis", "joint_anchor", "joint_start"),
     *("limit_margin", "actuator_control", "actuator_force_range"),
     *(f"contact_{name}{k}" for name in ("point", "axis", "half", "radius") for k in (0, 1)),
-    *("contact_margin", "contact_weight"),
+    *("contact_margin", "contact_weight", "contact_reach"),
 )
-SIZES = ("bodies", "dofs", "joints", "groups", "actuators", "limits", "contacts", "first_moving", "components")
+SIZES = (
+    "bodies",
+    "dofs",
+    "joints",
+    "groups",
+    "actuators",
+    "limits",
+    "contacts",
+    "first_moving",
+    "components",
+    "implicit",
+)
 NUMBERS = ("timestep", "impratio")
 SCRATCH = (  # name, type, numbers of each, how many
     ("pose", "Pose", 12, "bodies"),
@@ -72,14 +83,11 @@ Pass = Literal["push", "pull", "second"]
 class Variant:
     """What a pass is compiled for.
 
-    implicit: with damping in the step (G = M + h diag(damping)); soft: gradients by solref and solimp;
-    quadratic: impedances have power 2.
+    soft: with gradients by solref and solimp.
     """
 
     which: Pass
-    implicit: bool
     soft: bool
-    quadratic: bool
 
 
 def scratch_numbers(sizes: dict[str, int]) -> int:
@@ -102,8 +110,8 @@ def kernel(variant: Variant) -> Any:
 
 def pieces(variant: Variant) -> list[Piece]:
     """The scalar laws that a pass uses."""
-    law = {"quadratic": variant.quadratic, "soft": variant.soft}
-    found = [*contact_pieces(1, **law), *contact_pieces(3, **law), *limit_pieces(**law)]
+    soft = variant.soft
+    found = [*contact_pieces(1, soft=soft), *contact_pieces(3, soft=soft), *limit_pieces(soft=soft)]
     found += [*actuator_pieces(), *spring_pieces()]
     return [piece for piece in found if variant.which != "push" or not piece.name.endswith("_pull")]
 
@@ -114,14 +122,16 @@ def source(variant: Variant) -> str:
     laws = pieces(variant)
     angle = variable("x[0]")
     used = [node for piece in laws for node in graphs(piece, dual=dual)] + [apply("sin", angle), apply("cos", angle)]
-    parts = [prelude(used, PRECISION, lanes=LANES[PRECISION]), algebra(dual=dual), _SETTING.format(**_setting(variant))]
+    types = prelude(used, PRECISION, lanes=LANES[PRECISION]).replace(*_POWER)
+    parts = [types, algebra(dual=dual), _SETTING.format(**_setting(variant))]
     parts += [piece_text(piece, dual=dual) for piece in laws]
     parts += [POSES, TWISTS, INERTIAS, FACTOR, CORES, CONTACTS, LIMITS, SPATIAL, ROWS, RESIDUAL, _POSITION]
     if variant.which == "push":
         parts += [_PUSH]
     else:
         parts += [BODIES, BETWEEN, FRAMES, ROW_GRADIENTS, GRADIENTS, _PULL]
-    return "\n".join(parts)
+    text = "\n".join(parts)
+    return text.replace("APART", "__attribute__((noinline))")  # keeps code short, and so quick to compile
 
 
 def _setting(variant: Variant) -> dict[str, str]:
@@ -136,18 +146,25 @@ def _setting(variant: Variant) -> dict[str, str]:
         "slots": ", ".join(name.upper() for name in SLOTS),
         "tables": "\n".join(lines),
         "room": "\n".join(room),
-        "implicit": str(variant.implicit).lower(),
         "soft": str(variant.soft).lower(),
         "words": str(WORDS),
         "count": str(len(SLOTS)),
     }
 
 
+_POWER = (  # of vectors: usual exponents without the C library
+    "return lanes_pow(x, y);",
+    """if (__builtin_reduce_and(y == V(T(2)))) return x * x;
+    if (__builtin_reduce_and(y == V(T(1)))) return x;
+    if (__builtin_reduce_and(y == V(T(0)))) return V(T(1));
+    return lanes_pow(x, y);""",
+)
+
 _SETTING = """
 struct Contact {{ V3 n, t, s, x; N distance; }};
 struct Cores {{ V3 p, a, q, b; N s, t; B free_s, free_t; }};  // of capsules: p + s a and q + t b
 enum {{ {slots} }};
-constexpr bool IMPLICIT = {implicit}, SOFT = {soft};
+constexpr bool SOFT = {soft};
 const long long* slot = (const long long*)pointers.data;
 const long long* word = slot + {words} * {count};
 unsigned char* covered = (unsigned char*)*word++;
@@ -159,7 +176,7 @@ V size = V(T(0));
 V3 origin = none;
 const int* list = above;
 const int* first = above_first;
-auto fetch = [&](long long base, long long step) -> V {{
+auto fetch = [&](long long base, long long step) APART -> V {{
     if (base == 0) return V(T(0));
     const char* at = (const char*)base + i * step;
     if (step == 0) return V(*(const T*)at);
@@ -168,7 +185,7 @@ auto fetch = [&](long long base, long long step) -> V {{
     else for (int j = 0; j < W; ++j) lane[j] = *(const T*)(at + (j < n ? j : n - 1) * step);
     return *(V*)lane;
 }};
-auto keep = [&](long long base, long long step, V x) {{
+auto keep = [&](long long base, long long step, V x) APART {{
     if (base == 0) return;
     char* at = (char*)base + i * step;
     alignas(V) T lane[W];
@@ -185,7 +202,7 @@ auto turned = [&](int d) -> N {{  // the displacement of a degree of freedom: ze
     const long long* x = slot + {words} * SHIFT;
     return number(V(T(0)), x[3] ? fetch(x[3] + d * x[5], x[4]) : V(T(0)));
 }};
-auto field = [&](int s, int c) -> N {{
+auto field = [&](int s, int c) APART -> N {{
     const long long* x = slot + {words} * s;
     const V value = fetch(x[0] + c * x[2], x[1]);
     if (!DUAL || x[3] == 0) return real(value);
@@ -197,14 +214,14 @@ auto all = [&](int s, N* x) {{
 }};
 bool wanted[{count}];
 for (int s = 0; s < {count}; ++s) wanted[s] = slot[{words} * s + 6] || slot[{words} * s + 9] || s == SHIFT;
-auto gain = [&](int s, int c, const N& x) {{
+auto gain = [&](int s, int c, const N& x) APART {{
     if (wanted[s]) gains[slot_first[s] + c] += x;
 }};
 auto gained = [&](int s, int c) -> N {{ return gains[slot_first[s] + c]; }};
 """
 
 _POSITION = """
-auto at_state = [&]() {  // all that depends on the position and velocity
+auto at_state = [&]() APART {  // all that depends on the position and velocity
     origin = none;
     pose[0] = {none, {real(V(T(1))), zero, zero}, {zero, real(V(T(1))), zero}, {zero, zero, real(V(T(1)))}};
     for (int b = 1; b <= first_moving; ++b) place(b);
@@ -220,7 +237,7 @@ auto at_state = [&]() {  // all that depends on the position and velocity
     along_velocity();
     inertia_matrix(M);
 };
-auto at_acceleration = [&]() {
+auto at_acceleration = [&]() APART {
     along(rate, a);
     residual();
     assemble();
@@ -229,14 +246,14 @@ auto at_acceleration = [&]() {
     const B fine = worst <= size * T(1e-8);
     for (int j = 0; j < n; ++j) covered[i + j] = fine[j] != 0;
 };
-auto damped = [&]() {  // G = M - h D, factored
+auto damped = [&]() APART {  // G = M - h D, factored
     for (int d = 0; d < dofs; ++d) {
         G[d * dofs + d] = M[d * dofs + d] + field(DOF_DAMPING, d) * T(timestep);
         for (int k = above_first[d]; k < above_first[d + 1]; ++k) G[d * dofs + above[k]] = M[d * dofs + above[k]];
     }
     factor(G, above, above_first);
 };
-auto moved_acceleration = [&](N* x) {  // x = da (its value): a moves so that r stays zero
+auto moved_acceleration = [&](N* x) APART {  // x = da (its value): a moves so that r stays zero
     for (int d = 0; d < dofs; ++d) x[d] = real(-tangent_of(r[d]));
     solve(H, x, list, first);
 };
@@ -248,7 +265,7 @@ for (; i < end; i += W) {
     at_state();
     at_acceleration();
     moved_acceleration(lam);
-    if (IMPLICIT) {  // G dw = M da + dM (a - w) + h dD w
+    if (implicit) {  // G dw = M da + dM (a - w) + h dD w
         all(ADVANCE, w);
         for (int d = 0; d < dofs; ++d) z[d] = real(value_of(a[d]) - value_of(w[d]));
         along(rest, z);
@@ -274,16 +291,18 @@ for (; i < end; i += W) {
 _PULL = """
 for (; i < end; i += W) {
     n = end - i < W ? end - i : W;
-    for (int c = 0; c < components; ++c) gains[c] = zero;
+    for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s)
+        if (wanted[s])
+            for (int c = 0; c < slot_length[s]; ++c) gains[slot_first[s] + c] = zero;
     at_state();
     at_acceleration();
-    if (DUAL && IMPLICIT) {  // the tangent of a, which the given one lacks
+    if (DUAL && implicit) {  // the tangent of a, which the given one lacks
         moved_acceleration(lam);
         for (int d = 0; d < dofs; ++d) a[d] = number(value_of(a[d]), value_of(lam[d]));
         at_acceleration();
     }
     all(COTANGENT, lam);
-    if (IMPLICIT) {
+    if (implicit) {
         all(ADVANCE, w);
         for (int d = 0; d < dofs; ++d) { mu[d] = lam[d]; z[d] = a[d] - w[d]; }
         damped();

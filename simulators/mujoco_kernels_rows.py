@@ -11,7 +11,7 @@ products of one chain with the other are subtracted, and H is factored as full.
 from __future__ import annotations
 
 LIMITS = """
-auto limit_input = [&](int k, int side, N* x) {
+auto limit_input = [&](int k, int side, N* x) APART {
     const int j = limit_joint[k], d = joint_dof[j];
     x[1] = v[d];
     x[2] = a[d];
@@ -27,7 +27,7 @@ auto limit_input = [&](int k, int side, N* x) {
 auto limit_open = [&](const N* x) -> B {  // whether the row exists
     return value_of(x[13] * (x[4] - x[3])) < value_of(x[14]);
 };
-auto actuator_input = [&](int i, N* x) {
+auto actuator_input = [&](int i, N* x) APART {
     const int j = actuator_joint[i], d = joint_dof[j], act = actuator_act[i];
     x[1] = v[d];
     x[2] = position(joint_qpos[j], d);
@@ -40,7 +40,7 @@ auto actuator_input = [&](int i, N* x) {
     for (int e = 0; e < 2; ++e) x[11 + e] = real(V(actuator_control[2 * i + e]));
     for (int e = 0; e < 2; ++e) x[13 + e] = real(V(actuator_force_range[2 * i + e]));
 };
-auto spring_input = [&](int j, N* x) {  // the rotation of a ball or free joint
+auto spring_input = [&](int j, N* x) APART {  // the rotation of a ball or free joint
     const int q = joint_qpos[j] + (joint_type[j] == 0 ? 3 : 0), d = joint_dof[j] + (joint_type[j] == 0 ? 3 : 0);
     for (int e = 0; e < 3; ++e) x[3 + e] = turned(d + e);
     x[6] = field(JNT_STIFFNESS, j);
@@ -53,12 +53,14 @@ auto spring_input = [&](int j, N* x) {  // the rotation of a ball or free joint
 """
 
 ROWS = """
-auto all_rows = [&]() {  // forces and stiffness of contacts and limits
+auto all_rows = [&]() APART {  // forces and stiffness of contacts and limits
     N x[40], y[12];
     full = false;
     for (int b = 0; b < bodies; ++b) { loaded[b] = 0; }
     for (int d = 0; d < dofs; ++d) { push[d] = zero; stiff[d] = zero; }
     for (int k = 0; k < contacts; ++k) {
+        active[k] = 0;
+        if (far_apart(k)) continue;
         const Contact c = touching(k);
         const B near = value_of(c.distance) < V(contact_margin[k]);
         active[k] = __builtin_reduce_or(near) != 0;
@@ -103,14 +105,14 @@ auto all_rows = [&]() {  // forces and stiffness of contacts and limits
 """`all_rows()`: adds to load, push, stiff, spatial"""
 
 SPATIAL = """
-auto symmetric_outer = [](N* part, const S6& x, const S6& y) {  // += (x y' + y x') / 2, upper triangle by rows
+auto symmetric_outer = [](N* part, const S6& x, const S6& y) APART {  // += (x y' + y x') / 2, upper triangle by rows
     const N p[6] = {x.w.x, x.w.y, x.w.z, x.l.x, x.l.y, x.l.z};
     const N q[6] = {y.w.x, y.w.y, y.w.z, y.l.x, y.l.y, y.l.z};
     int m = 0;
     for (int i = 0; i < 6; ++i)
         for (int j = i; j < 6; ++j) part[m++] += (p[i] * q[j] + p[j] * q[i]) * T(0.5);
 };
-auto spatial_times = [](const N* part, const S6& x) -> S6 {
+auto spatial_times = [](const N* part, const S6& x) APART -> S6 {
     const N p[6] = {x.w.x, x.w.y, x.w.z, x.l.x, x.l.y, x.l.z};
     N q[6];
     int m = 0;
@@ -122,7 +124,7 @@ auto spatial_times = [](const N* part, const S6& x) -> S6 {
         }
     return {{q[0], q[1], q[2]}, {q[3], q[4], q[5]}};
 };
-auto spread = [&](const N* part, int one, int two) {  // the stiffness of a contact over its bodies
+auto spread = [&](const N* part, int one, int two) APART {  // the stiffness of a contact over its bodies
     for (int m = 0; m < 2; ++m) {
         const int b = m ? two : one;
         if (body_last[b] < 0) continue;
@@ -144,7 +146,7 @@ auto spread = [&](const N* part, int one, int two) {  // the stiffness of a cont
         i = above[above_first[i]];
     }
 };
-auto assemble = [&]() {  // H = M + J' s'' J, factored
+auto assemble = [&]() APART {  // H = M + J' s'' J, factored
     if (!full)
         for (int m = 0; m < dofs * dofs; ++m) H[m] = zero;
     for (int b = bodies - 1; b > 0; --b) {
@@ -174,11 +176,11 @@ auto assemble = [&]() {  // H = M + J' s'' J, factored
 """
 
 RESIDUAL = """
-auto momentum = [&](int b, const S6& u) -> S6 {  // inertia of body b times a twist
+auto momentum = [&](int b, const S6& u) APART -> S6 {  // inertia of body b times a twist
     const V3 c = centre[b], p = point_rate(u, c) * mass[b];
     return {inertia[b] * u.w + c.cross(p), p};
 };
-auto residual = [&]() {  // r, with load[b] summed over all that b carries; size: of the largest forces
+auto residual = [&]() APART {  // r, with load[b] summed over all that b carries; size: of the largest forces
     N x[16], y[3];
     for (int b = 0; b < bodies; ++b) load[b] = still;
     size = V(T(0));

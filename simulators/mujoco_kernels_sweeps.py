@@ -15,7 +15,7 @@ Reference: Featherstone, Rigid Body Dynamics Algorithms, 2008, 6.2 (composite in
 from __future__ import annotations
 
 POSES = """
-auto place = [&](int b) {
+auto place = [&](int b) APART {
     const Pose over = pose[body_parent[b]];
     const T* r = body_turn + 9 * b;
     const T cx[3] = {r[0], r[3], r[6]}, cy[3] = {r[1], r[4], r[7]}, cz[3] = {r[2], r[5], r[8]};
@@ -73,7 +73,7 @@ auto place = [&](int b) {
 """`place(b)`: pose of body b and axes of its joints, from the pose of its parent"""
 
 TWISTS = """
-auto along = [&](S6* twist, const N* u) {  // twist[b] of all bodies along u
+auto along = [&](S6* twist, const N* u) APART {  // twist[b] of all bodies along u
     for (int b = 1; b < bodies; ++b) {
         S6 t = twist[body_parent[b]];
         for (int g = body_group[b]; g < body_group[b] + body_groups[b]; ++g)
@@ -81,7 +81,7 @@ auto along = [&](S6* twist, const N* u) {  // twist[b] of all bodies along u
         twist[b] = t;
     }
 };
-auto along_velocity = [&]() {  // velocity, bias acceleration, and the twist before each group
+auto along_velocity = [&]() APART {  // velocity, bias acceleration, and the twist before each group
     for (int b = 1; b < bodies; ++b) {
         S6 t = velocity[body_parent[b]], c = bias[body_parent[b]];
         for (int g = body_group[b]; g < body_group[b] + body_groups[b]; ++g) {
@@ -98,7 +98,7 @@ auto along_velocity = [&]() {  // velocity, bias acceleration, and the twist bef
 """
 
 INERTIAS = """
-auto own_inertia = [&](int b) -> Symmetric {  // about the centre of mass, in world axes
+auto own_inertia = [&](int b) APART -> Symmetric {  // about the centre of mass, in world axes
     const Pose at = pose[b];
     auto entry = [&](int e) -> N { return field(BODY_INERTIA, 6 * b + e); };
     const N xx = entry(0), yy = entry(1), zz = entry(2), xy = entry(3), xz = entry(4), yz = entry(5);
@@ -108,7 +108,7 @@ auto own_inertia = [&](int b) -> Symmetric {  // about the centre of mass, in wo
             p.z * at.x.z + q.z * at.y.z + r.z * at.z.z, p.x * at.x.y + q.x * at.y.y + r.x * at.z.y,
             p.x * at.x.z + q.x * at.y.z + r.x * at.z.z, p.y * at.x.z + q.y * at.y.z + r.y * at.z.z};
 };
-auto weigh = [&]() {  // centre, mass, inertia of the bodies
+auto weigh = [&]() APART {  // centre, mass, inertia of the bodies
     for (int b = 1; b < bodies; ++b) {
         if (body_last[b] < 0) continue;
         mass[b] = field(BODY_MASS, b);
@@ -117,7 +117,7 @@ auto weigh = [&]() {  // centre, mass, inertia of the bodies
         inertia[b] = own_inertia(b);
     }
 };
-auto inertia_matrix = [&](N* M) {  // rows i, columns above i
+auto inertia_matrix = [&](N* M) APART {  // rows i, columns above i
     for (int b = 1; b < bodies; ++b) {
         if (body_last[b] < 0) continue;
         const V3 c = centre[b], h = c * mass[b];
@@ -143,7 +143,7 @@ auto inertia_matrix = [&](N* M) {  // rows i, columns above i
 """`weigh()`, and `inertia_matrix(M)`: M[i * dofs + j] for j = i and j above i"""
 
 FACTOR = """
-auto factor = [&](N* H, const int* list, const int* first) {  // in place: L below, 1 / D on the diagonal
+auto factor = [&](N* H, const int* list, const int* first) APART {  // in place: L below, 1 / D on the diagonal
     for (int k = dofs - 1; k >= 0; --k) {
         const N r = reciprocal(H[k * dofs + k]);
         H[k * dofs + k] = r;
@@ -155,7 +155,7 @@ auto factor = [&](N* H, const int* list, const int* first) {  // in place: L bel
         for (int m = first[k]; m < first[k + 1]; ++m) H[k * dofs + list[m]] = H[k * dofs + list[m]] * r;
     }
 };
-auto solve = [&](const N* H, N* x, const int* list, const int* first) {
+auto solve = [&](const N* H, N* x, const int* list, const int* first) APART {
     for (int k = dofs - 1; k >= 0; --k)
         for (int m = first[k]; m < first[k + 1]; ++m) x[list[m]] -= H[k * dofs + list[m]] * x[k];
     for (int k = 0; k < dofs; ++k) {
@@ -164,7 +164,7 @@ auto solve = [&](const N* H, N* x, const int* list, const int* first) {
         x[k] = t;
     }
 };
-auto times = [&](const N* M, const N* x, N* y) {  // y = M x
+auto times = [&](const N* M, const N* x, N* y) APART {  // y = M x
     for (int k = 0; k < dofs; ++k) y[k] = M[k * dofs + k] * x[k];
     for (int k = 0; k < dofs; ++k)
         for (int m = above_first[k]; m < above_first[k + 1]; ++m) {

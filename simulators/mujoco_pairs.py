@@ -37,8 +37,8 @@ def check_contact_pairs(model: mujoco.MjModel) -> None:
         raise MujocoUnsupportedError(
             "the contact points of a cylinder's cap on a flat or curved face have no derivative in general:\n  "
             + "\n  ".join(found[:20])
-            + "\nreplace the cylinders by capsules, boxes or meshes, or keep the pairs apart by <exclude>, contype and "
-            "conaffinity"
+            + "\nreplace the cylinders by capsules, boxes or meshes, keep the pairs apart by <exclude>, contype and "
+            "conaffinity, or pass check_pairs=False: then only states in which the derivative is missing raise"
         )
 
 

@@ -7,9 +7,9 @@ one small instance of each task shortly and reads no rows. A bar without any row
 
     N-M             gap to the exact optimum, mean over seeds (n of them); N-M-stderr over seeds
     ppo-ratio-N     gap of PPO after as many epochs, same networks, over that of HPO
-    branches-N-M    gap with counterfactual branches at every step after as many epochs
+    branches-N-M    gap with counterfactual branches (8 steps of each rollout) after as many rollouts
     same-periods-N-M, branches-same-periods-N-M
-                    lowest gap on the development set within the same number of simulated periods (branches included):
+                    lowest gap on the development set within the same number of simulated periods, branches included:
                     that of the shorter of the two trainings
 
 `m-jrp`, joint replenishment with K = 64: `N`, gap to the exact optimal policy paired on the 1024 test paths; `2-nb`,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -197,9 +198,10 @@ def _squashed(
     if exact is None:
         return found
 
+    solve = cache(lambda: order_up_to_where(exact()))
+
     def optimum(noise: Noise) -> Tensor:
-        policy = order_up_to_where(exact())
-        return metric(found, policy, {}, noise, plain)
+        return metric(found, solve(), {}, noise, plain)
 
     return replace(found, optimum=optimum)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -48,10 +48,13 @@ class Recipe:
     minibatches: int = 2
     clip: float = 0.15
     discount: float = 0.99
+    """of the advantages"""
+    last_discount: float | None = None
+    """what it is raised to, linearly; None: it stays"""
     trace: float = 0.96
     target_kl: float = 0.015
     buffer: int = 0
-    """first and last steps that no loss counts"""
+    """steps: choices and actions of the last, and all that happens in the first, teach nothing"""
     branch_times: int = 20
     """steps of each batch at which branches start ("branches")"""
 
@@ -117,44 +120,66 @@ def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progre
             for group in learner.optimizer.param_groups:
                 group["lr"] = recipe.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
             entropy = recipe.entropy + (0.001 - recipe.entropy) * share
+            last = recipe.discount if recipe.last_discount is None else recipe.last_discount
+            now = replace(recipe, discount=recipe.discount + (last - recipe.discount) * share)
             process = task.train.process[chosen]
             drawn = (*process.shape[:2], learner.policy.noise_dim)
             noise = Noise(task.train.initial[chosen], process, torch.randn(drawn, generator=learner.generator))
             step = ppo_update if recipe.method == "ppo" else hpo_update
-            periods += step(task, recipe, learner, noise, entropy)
+            periods += step(task, now, learner, noise, entropy)
             updates += 1
         yield Progress(updates, periods, time.process_time() - start, learner.nu)
 
 
+def attached_rollout(task: HybridTask, learner: Learner, noise: Noise, tail: int) -> tuple[Rollout, Tensor]:
+    """A rollout and log pi of all choices `[B, T, K]`, both with derivatives.
+
+    In the last `tail` steps the weights are held fixed: what earlier actions cause there counts, but no action whose
+    consequences the end cuts off (an order is paid when it arrives and of use only later).
+    """
+    policy, fixed = learner.policy, {key: value.detach() for key, value in learner.nu.items()}
+    split = noise.process.shape[1] - tail
+    sections, mdp, log_probs = [(slice(0, split), learner.nu)], task.mdp, []
+    if tail:
+        sections.append((slice(split, None), fixed))
+    paths: list[Rollout] = []
+    for steps, nu in sections:
+        part = Noise(noise.initial, noise.process[:, steps], noise.policy[:, steps])
+        paths.append(rollout(mdp, policy, task.theta, nu, part))
+        last = paths[-1].states[:, -1]
+        mdp = replace(mdp, initial_state=lambda theta, e, state=last: state)
+        flat = paths[-1].states[:, :-1].flatten(0, 1)
+        log_probs.append(policy.choice_log_probs(nu, flat, flat).unflatten(0, part.process.shape[:2]))
+    states = torch.cat([paths[0].states, *(path.states[:, 1:] for path in paths[1:])], 1)
+    actions, rewards = (torch.cat([getattr(path, key) for path in paths], 1) for key in ("actions", "rewards"))
+    return Rollout(states, actions, rewards), torch.cat(log_probs, 1)
+
+
 def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise, entropy: float) -> int:
     """Returns the number of periods simulated."""
-    policy, nu = learner.policy, learner.nu
-    path = rollout(task.mdp, policy, task.theta, nu, noise)
+    path, log_probs = attached_rollout(task, learner, noise, recipe.buffer)
     batch, horizon = path.rewards.shape
-    states = path.states[:, :-1]
-    flat = states.flatten(0, 1)
-    log_probs = policy.choice_log_probs(nu, flat, flat).unflatten(0, (batch, horizon))
+    old = log_probs.detach()
     detached = Rollout(path.states.detach(), path.actions.detach(), path.rewards.detach())
     features = critic_features(task, detached.states[:, :-1])
     kept = slice(recipe.buffer, horizon - recipe.buffer)
+    rows = torch.arange(horizon)[kept]
     if recipe.method == "branches":
-        times = torch.randperm(horizon, generator=learner.generator)[: recipe.branch_times].sort().values
-        to_go, extra = branch_returns(task, learner, noise, detached, times)
-        pi = log_probs.detach().exp()
-        advantage = torch.zeros_like(pi)
-        advantage[:, times] = to_go - (pi[:, times] * to_go).sum(-1, keepdim=True)
-        spread = ((pi * advantage.square()).sum(-1).sum() / (batch * len(times))).sqrt()
-        scale = float(1 / spread.clamp_min(1e-12))
-        weights, rows, target = scale * pi * advantage * (horizon / len(times)), times, torch.zeros(batch, horizon)
+        rows = rows[torch.randperm(len(rows), generator=learner.generator)[: recipe.branch_times].sort().values]
+        to_go, extra = branch_returns(task, learner, noise, detached, rows)
+        pi = old[:, rows].exp()
+        advantage = to_go - (pi * to_go).sum(-1, keepdim=True)
+        scale = float((pi * advantage.square()).sum(-1).mean().clamp_min(1e-20).rsqrt())
+        weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
+        weights[:, rows] = scale * pi * advantage * (len(torch.arange(horizon)[kept]) / len(rows))
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
-        standard = (advantage - advantage[:, kept].mean()) / advantage[:, kept].std()
-        scale = float(unit / advantage[:, kept].std())
-        weights = standard.unsqueeze(-1) * one_hot(path.actions[..., 0].detach().long(), task.choices)
-        rows, extra = torch.arange(horizon)[kept], 0
-    gain = scale * path.rewards[:, kept].mean() + (weights * log_probs).sum(-1)[:, kept].mean()
-    ascend(learner, gain + entropy * choice_entropy(log_probs)[:, kept].mean())
-    old = log_probs.detach()
+        spread, extra = advantage[:, kept].std(), 0
+        scale = float(unit / spread)
+        standard = (advantage - advantage[:, kept].mean()) / spread
+        weights = standard.unsqueeze(-1) * one_hot(detached.actions[..., 0].long(), task.choices)
+    gain = (scale * path.rewards + (weights * log_probs).sum(-1))[:, recipe.buffer :].mean()
+    ascend(learner, gain + entropy * choice_entropy(log_probs[:, kept]).mean())
     parts = (detached.states[:, :-1], detached.actions, weights, old, features, target)
     later_passes(recipe, learner, Batch(*(part[:, rows].flatten(0, 1) for part in parts)), entropy)
     return path.rewards.numel() + extra

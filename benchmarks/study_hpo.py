@@ -48,10 +48,18 @@ class Instance:
 
 
 HPO = Recipe()
-BRANCHES = replace(HPO, method="branches")
+BRANCHES = replace(HPO, method="branches", branch_times=8)
 PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
-LONG = {"discount": 0.93, "buffer": 20}
-"""joint replenishment: discount and uncounted steps of the reference"""
+LONG: dict[str, Any] = {
+    "epochs": 48,
+    "rate": 2e-3,
+    "width": 64,
+    "entropy": 0.5,
+    "discount": 0.93,
+    "last_discount": 0.99,
+}
+LONG |= {"buffer": 12, "passes": 4}
+"""joint replenishment: much exploration, and a discount that at first favours rare orders: else it orders too often"""
 
 
 def instances() -> Iterator[Instance]:
@@ -60,14 +68,19 @@ def instances() -> Iterator[Instance]:
     yield Instance("lqr/16-2/hpo", partial(lqr_task, 16), HPO)
     yield Instance("lqr/48-2/hpo", partial(lqr_task, 48), HPO)
     for items in (1, 2, 3):
-        yield Instance(f"jrp/{items}/hpo", partial(replenishment_task, items), replace(HPO, **LONG), seeds=1)
-    yield Instance("jrp/2-nb/hpo", heavy_tail_task, replace(HPO, **LONG), seeds=1)
+        yield Instance(
+            f"jrp/{items}/hpo", partial(replenishment_task, items, periods=60), replace(HPO, **LONG), seeds=1
+        )
+    rare = LONG | {"batch": 64, "last_discount": 0.995, "buffer": 30}  # orders lie some 40 periods apart
+    yield Instance("jrp/2-nb/hpo", partial(heavy_tail_task, 150), replace(HPO, **rare), seeds=1)
     yield Instance("lqr/16-2/ppo", partial(lqr_task, 16), PPO)
     yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=40))
     yield Instance("lqr/16-2/branches", partial(lqr_task, 16), BRANCHES)
     yield Instance("lqr/48-2/ppo", partial(lqr_task, 48), PPO)
-    yield Instance("jrp/50/hpo", partial(replenishment_task, 50), replace(HPO, **LONG), seeds=1)
-    yield Instance("jrp/50/ppo", partial(replenishment_task, 50), replace(PPO, epochs=200, rate=1e-4, **LONG), seeds=1)
+    many = LONG | {"width": 128, "epochs": 24}
+    yield Instance("jrp/50/hpo", partial(replenishment_task, 50, periods=60), replace(HPO, **many), seeds=1)
+    slow = many | {"epochs": 200, "rate": 1e-4, "minibatches": 4}
+    yield Instance("jrp/50/ppo", partial(replenishment_task, 50, periods=60), replace(PPO, **slow), seeds=1)
 
 
 def measured(instance: Instance, seed: int) -> Row:

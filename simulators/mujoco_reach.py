@@ -39,7 +39,7 @@ def check_reaches_output(
         return
     reasons = [f"'{name}' ({_reason(name, structure, spec)})" for name in silent]
     raise NoEffectError(
-        f"{len(silent)} of {len(theta)} parameters do not move any state over {actions.shape[1]} steps: "
+        f"{len(silent)} numbers in theta do not move any state over {actions.shape[1]} steps: "
         f"{'; '.join(reasons)}. Leave them out, or use actions and starts that excite them"
     )
 

@@ -1,14 +1,9 @@
-"""What to know of a MuJoCo rollout before trusting its gradient, and contacts softened for the sake of it.
+"""What to know of a MuJoCo rollout before trusting its gradient: residuals and changes of the active set.
 
 A step's derivative holds within one active set: the contacts that push, their friction zones (sticking, sliding), the
 limits that act, dry friction that holds or slips. Where the set changes, the derivative is one-sided; a gradient
 through many changes describes an ever smaller neighbourhood. `rollout_report` counts them, with the solver's residual.
 It judges the start of each engine step (the first stage of RK4), one by one, at some 50 us each.
-
-`soften_contacts` makes another model: the smoothed contact acts in value and derivative alike, so the gradient is exact
-for what is simulated. (A smoothing of the derivative alone would be the derivative of nothing.)
-Reference: Suh et al., Do Differentiable Simulators Give Better Policy Gradients?, ICML 2022; Paulus et al., Hard
-Contacts with Soft Gradients, ICLR 2026 (contacts at a distance).
 """
 
 from __future__ import annotations
@@ -84,37 +79,6 @@ def rollout_report(
             columns.append((torch.stack(residual).amax(0), torch.stack(active).amax(0), torch.stack(switches).sum(0)))
     residuals, actives, changes = (torch.stack(column, 1) for column in zip(*columns, strict=True))
     return MujocoReport(residuals, residuals > tolerance, actives, changes)
-
-
-def soften_contacts(
-    model: mujoco.MjModel, *, margin: float = 0.0, time_constant: float = 1.0, width: float = 1.0
-) -> mujoco.MjModel:
-    """A copy of the model with softer contacts.
-
-    margin (m) lets contacts act at that distance, with an impedance that starts from (almost) nothing: the force sets
-    in smoothly, at the cost of a gap. time_constant multiplies that of solref (deeper, slower contacts) and width that
-    of solimp; both of geoms and explicit pairs. Raises `ValueError` for factors that are not positive, and for direct
-    (negative) solref, which has no time constant.
-    """
-    if margin < 0.0 or time_constant <= 0.0 or width <= 0.0:
-        raise ValueError(
-            "margin must not be negative, time_constant and width must be positive, "
-            f"got {margin}, {time_constant}, {width}"
-        )
-    out = copy.copy(model)
-    for solref, solimp, reach in (
-        (out.geom_solref, out.geom_solimp, out.geom_margin),
-        (out.pair_solref, out.pair_solimp, out.pair_margin),
-    ):
-        if time_constant != 1.0 and bool((solref[:, 0] <= 0.0).any()):
-            raise ValueError("a contact has a direct solref (negative stiffness, damping), which has no time constant")
-        solref[:, 0] *= time_constant
-        solimp[:, 2] *= width
-        if margin > 0.0:
-            solimp[:, 0] = 1e-4  # MuJoCo's least impedance
-            solimp[:, 2] += margin
-            reach[:] = np.maximum(reach, margin)
-    return out
 
 
 @dataclass(frozen=True, eq=False)

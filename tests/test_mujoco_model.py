@@ -27,7 +27,7 @@ from sim2real.simulators.mujoco_forward import SimulationDivergedError
 from sim2real.simulators.mujoco_messages import MujocoWarning, engine_messages
 from sim2real.simulators.mujoco_model import action_box, mujoco_model
 from sim2real.simulators.mujoco_products import KernelProducts, torch_products
-from sim2real.simulators.mujoco_report import rollout_report, soften_contacts
+from sim2real.simulators.mujoco_report import rollout_report
 from sim2real.simulators.mujoco_step import GradientGuard
 from sim2real.simulators.mujoco_system import MujocoSystem, body_poses, mujoco_system, split_state
 from sim2real.simulators.pendulum import pendulum
@@ -467,26 +467,6 @@ def test_the_report_tells_sliding_from_rolling_and_slipping_from_holding() -> No
         assert all(min(abs(found - end) for found in switched) <= 2 for end in ends)
         assert switched[-1] <= ends[1] + 2
     assert not report.flagged.any()
-
-
-def test_softer_contacts_act_earlier_and_more_gently() -> None:
-    model = mujoco.MjModel.from_xml_string(BALL.format(integrator="Euler", cone="pyramidal"))
-    soft = soften_contacts(model, margin=0.02, time_constant=2.0, width=3.0)
-    assert bool((soft.geom_solref[:, 0] == 2.0 * model.geom_solref[:, 0]).all())
-    np.testing.assert_allclose(soft.geom_solimp[:, 2], 3.0 * model.geom_solimp[:, 2] + 0.02)
-    mdps = [mujoco_model(m, (), _none, backend="torch") for m in (model, soft)]
-    start = mdps[0].initial_state({}, torch.zeros(1, 14, dtype=torch.float64))
-    start[:, 2] += 0.01  # clear of the floor by 5 mm, within the margin
-    action = torch.zeros(1, 1, dtype=torch.float64)
-    falling, held = (mdp.step({}, start, action, action[:, :0])[0, 10] for mdp in mdps)
-    assert falling == pytest.approx(-9.81 * 0.004, rel=1e-3)
-    assert held > falling
-    for wrong in ({"margin": -1.0}, {"width": 0.0}):
-        with pytest.raises(ValueError, match="margin must not be negative"):
-            soften_contacts(model, **wrong)
-    model.geom_solref[0] = (-100.0, -1.0)
-    with pytest.raises(ValueError, match="direct solref"):
-        soften_contacts(model, time_constant=2.0)
 
 
 # ---- refusals

@@ -1,0 +1,249 @@
+"""What a derivative of a MuJoCo step costs: `j-cost`, `j-peers`, `j-parameters`, `j-scale`.
+
+Float64, one thread, 1024 environments in the midst of motion with contacts. Times are minima of interleaved repeats,
+microseconds per environment and step. Forward is `mujoco.batch.Batch.step` of the model as it is; backward is
+`torch.autograd.grad` of the next position and velocity by position, velocity, control and by seven fields per
+environment (mass, centre of mass, inertia, armature, damping, stiffness, friction): packing, factor, solve, gradients.
+
+    j-cost/MODEL         backward / forward, Euler without implicit damping; MODEL-eulerdamp with it
+    j-cost/MODEL-kernel  the same of the products alone, without autograd and the integrator in torch
+    j-peers/transitionfd one-sided `mjd_transitionFD` (no fields), per environment, over backward: worst of three models
+    j-peers/hvp-over-vjp the derivative of the backward pass along a direction of all inputs, over backward, on hopper
+    j-parameters/ratio   backward by everything over backward by position, velocity and control, on hopper
+    j-scale/flatness     largest deviation of the cost per environment from mid-range, 256 to 8192 environments
+    j-scale/threads      backward of 4096 environments on one thread over that on two
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+from mujoco.batch import Batch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bars import Figure, main
+from benchmarks.mujoco_tasks import stock, with_integrator
+from sim2real.simulators.mujoco_structure import nominal_fields
+from sim2real.simulators.mujoco_system import MujocoSystem, advance, mujoco_system
+
+ENVIRONMENTS = 1024
+FIELDS = (
+    "body_mass",
+    "body_ipos",
+    "body_inertia",
+    "dof_armature",
+    "dof_damping",
+    "jnt_stiffness",
+    "geom_friction",
+)
+PLANAR = ("hopper", "half_cheetah", "walker2d")
+LIMITS = {**dict.fromkeys(PLANAR, 1.0), "ant": 1.2, "humanoid": 2.0}
+DAMPED_LIMIT = 1.6
+EVERY = 16  # of the environments that the peer differentiates
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One model at one batch of states."""
+
+    model: mujoco.MjModel
+    system: MujocoSystem
+    leaves: tuple[Tensor, ...]
+    """q, v, ctrl, fields"""
+    outputs: tuple[Tensor, Tensor]
+    """next q and v, with their graph"""
+    cotangents: tuple[Tensor, Tensor]
+
+
+def load(name: str, *, damped: bool) -> mujoco.MjModel:
+    """A stock model with the Euler integrator, with or without implicit damping."""
+    model = with_integrator(stock(name), "euler").compile()
+    if not damped:
+        model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_EULERDAMP)
+    return model
+
+
+def moving_states(model: mujoco.MjModel, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, v and control of environments that started apart and were driven by random controls for different times."""
+    rng = np.random.default_rng(0)
+    batch = Batch(model, count, 1)
+    q, v, ctrl = (batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+    found = [np.empty_like(array) for array in (q, v, ctrl)]
+    for row in q:
+        mujoco.mj_integratePos(model, row, rng.normal(0, 0.1, model.nv), 1.0)
+    stops = rng.integers(40, 140, count)
+    for step in range(140):
+        if step % 7 == 0:
+            ctrl[:] = rng.uniform(-0.4, 0.4, ctrl.shape)
+        for array, source in zip(found, (q, v, ctrl), strict=True):
+            array[stops == step] = source[stops == step]
+        batch.step()
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
+
+
+def case(name: str, *, damped: bool = False, count: int = ENVIRONMENTS, names: tuple[str, ...] = FIELDS) -> Case:
+    """A model with the graph of one step of all environments."""
+    model = load(name, damped=damped)
+    system = mujoco_system(model, names)
+    nominal = nominal_fields(system.structure)
+    fields = [nominal[field].expand(count, *nominal[field].shape[1:]).clone() for field in names]
+    q, v, ctrl = moving_states(model, count)
+    leaves = tuple(t.requires_grad_() for t in (q, v, ctrl, *fields))
+    none = torch.zeros(count, model.na, dtype=torch.float64), torch.zeros(count, model.nv, dtype=torch.float64)
+    given = dict(zip(names, leaves[3:], strict=True))
+    q2, v2, _ = advance(system, given, (leaves[0], leaves[1], none[0]), leaves[2], none[1])
+    rng = torch.Generator().manual_seed(0)
+    g, h = (torch.randn(t.shape, dtype=t.dtype, generator=rng) for t in (q2, v2))
+    return Case(model, system, leaves, (q2, v2), (g, h))
+
+
+def forward(made: Case) -> Callable[[], None]:
+    """`Batch.step` from the states of a case, the states written each time."""
+    batch = Batch(made.model, len(made.leaves[0]), 1)
+    bound = [(batch.bind(n), t.detach().numpy()) for n, t in zip(("qpos", "qvel", "ctrl"), made.leaves, strict=False)]
+
+    def run() -> None:
+        for target, source in bound:
+            target[:] = source
+        batch.step()
+
+    return run
+
+
+def backward(made: Case, *, wanted: int | None = None) -> Callable[[], object]:
+    """The gradient by the first `wanted` leaves, None: by all."""
+    leaves = made.leaves[:wanted]
+    return lambda: torch.autograd.grad(made.outputs, leaves, made.cotangents, retain_graph=True, allow_unused=True)
+
+
+def products(made: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The reverse and the second-order product of the acceleration alone."""
+    system, (q, v, ctrl, *fields) = made.system, (t.detach() for t in made.leaves)
+    count, model = len(q), made.model
+    rest = torch.zeros(count, model.nv, dtype=torch.float64)
+    x = (q, rest, v, torch.zeros(count, model.na, dtype=torch.float64), ctrl, rest, *fields)
+    y = system.program.value(x)
+    g = made.cotangents[1], rest
+    wanted = (False, *(True for _ in x[1:]))
+    dx = tuple(torch.ones_like(t) for t in x)
+    dy = system.program.push(x, dx, y)
+    pull = partial(system.program.pull, x, y, g, wanted)
+    return pull, partial(system.program.second, (x, dx, y, dy, g, g), (*wanted, *wanted))
+
+
+def curvature(made: Case) -> Callable[[], object]:
+    """The gradient once more, with its derivative along a direction of all leaves."""
+    rng = torch.Generator().manual_seed(1)
+    along = [torch.randn(t.shape, dtype=t.dtype, generator=rng) for t in made.leaves]
+
+    def run() -> object:
+        slope = torch.autograd.grad(made.outputs, made.leaves, made.cotangents, create_graph=True)
+        return torch.autograd.grad(slope, made.leaves, along, retain_graph=True, allow_unused=True)
+
+    return run
+
+
+def transition_differences(made: Case) -> Callable[[], None]:
+    """One-sided `mjd_transitionFD` at every 16th state."""
+    model, data = made.model, mujoco.MjData(made.model)
+    n = 2 * model.nv + model.na
+    by_state, by_control = np.zeros((n, n)), np.zeros((n, model.nu))
+    rows = [t.detach().numpy()[::EVERY] for t in made.leaves[:3]]
+
+    def run() -> None:
+        for q, v, ctrl in zip(*rows, strict=True):
+            data.qpos[:], data.qvel[:], data.ctrl[:] = q, v, ctrl
+            mujoco.mjd_transitionFD(model, data, 1e-6, False, by_state, by_control, None, None)
+
+    return run
+
+
+def minima(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Fastest time of each function, their repeats interleaved, s."""
+    for run in runs:
+        run()
+    best = [float("inf")] * len(runs)
+    for _ in range(repeats):
+        for k, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[k] = min(best[k], time.perf_counter() - start)
+    return best
+
+
+def cost(quick: bool) -> Iterator[Figure]:
+    """`j-cost`."""
+    for name, limit in LIMITS.items():
+        for damped in (False, True) if name in PLANAR else (False,):
+            made = case(name, damped=damped)
+            runs = [forward(made), backward(made), products(made)[0]]
+            ahead, back, alone = minima(runs, 30 if quick else 150)
+            label = f"{name}-eulerdamp" if damped else name
+            yield Figure(label, back / ahead, "times", ENVIRONMENTS, DAMPED_LIMIT if damped else limit)
+            yield Figure(f"{label}-kernel", alone / ahead, "times", ENVIRONMENTS)
+            yield Figure(f"{label}-forward", 1e6 * ahead / ENVIRONMENTS, "us", ENVIRONMENTS)
+            yield Figure(f"{label}-backward", 1e6 * back / ENVIRONMENTS, "us", ENVIRONMENTS)
+
+
+def peers(quick: bool) -> Iterator[Figure]:
+    """`j-peers` but for MJX."""
+    for damped, label, least in ((False, "transitionfd", 12.0), (True, "transitionfd-eulerdamp", 9.0)):
+        ratios = []
+        for name in PLANAR:
+            made = case(name, damped=damped)
+            back, peer = minima([backward(made), transition_differences(made)], 15 if quick else 60)
+            ratios.append(peer * EVERY / back)
+            yield Figure(f"{label}-{name}", ratios[-1], "times", ENVIRONMENTS)
+        yield Figure(label, min(ratios), "times", ENVIRONMENTS, least)
+    made = case("hopper")
+    first, second, pull, twice = minima([backward(made), curvature(made), *products(made)], 30 if quick else 100)
+    yield Figure("hvp-over-vjp", second / first, "times", ENVIRONMENTS, 4.0)
+    yield Figure("hvp-over-vjp-kernel", twice / pull, "times", ENVIRONMENTS)
+
+
+def parameters(quick: bool) -> Iterator[Figure]:
+    """`j-parameters`."""
+    made, bare = case("hopper"), case("hopper", names=())
+    everything, state = minima([backward(made), backward(bare)], 60 if quick else 300)
+    yield Figure("ratio", everything / state, "times", ENVIRONMENTS, 1.1)
+
+
+def scale(quick: bool) -> Iterator[Figure]:
+    """`j-scale`, on hopper."""
+    sizes = (256, 1024, 4096, 8192)
+    runs = [backward(case("hopper", count=count)) for count in sizes]
+    times = [t / n for t, n in zip(minima(runs, 15 if quick else 60), sizes, strict=True)]
+    for count, seconds in zip(sizes, times, strict=True):
+        yield Figure(f"backward-{count}", 1e6 * seconds, "us", count)
+    yield Figure("flatness", (max(times) - min(times)) / (max(times) + min(times)), "share", len(sizes), 0.2)
+    made = case("hopper", count=4096)
+    run = backward(made)
+    threads = torch.get_num_threads()
+
+    def on_two() -> None:
+        torch.set_num_threads(2)
+        run()
+        torch.set_num_threads(threads)
+
+    one, two = minima([run, on_two], 30 if quick else 100)
+    yield Figure("threads", one / two, "times", 4096, 1.6)
+
+
+def hopper_step_microseconds() -> float:
+    """Time of hopper's step and its gradient by state, control and fields together, per environment, us."""
+    made = case("hopper")
+    return 1e6 * sum(minima([forward(made), backward(made)], 60)) / ENVIRONMENTS
+
+
+if __name__ == "__main__":
+    main({"j-cost": cost, "j-peers": peers, "j-parameters": parameters, "j-scale": scale})

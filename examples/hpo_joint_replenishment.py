@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from sim2real import HybridPolicy, Noise, Params, discrete_first_policy, greedy_policy, rollout
+from sim2real import HybridPolicy, Noise, Params, greedy_policy, hybrid_module_policy, rollout
 from sim2real.hybrid_policy import choice_entropy
 from sim2real.simulators import OrderTerms
 from sim2real.simulators.inventory_tasks import InventoryTask, joint_replenishment_task, mean_cost, task_noise
@@ -41,46 +41,53 @@ TERMS = {
 @dataclass(frozen=True)
 class Settings:
     width: int = 64
-    epochs: int = 40
+    epochs: int = 48
     paths: int = 1024
     periods: int = 60
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 2e-3
     """of Adam, lowered along a half cosine"""
     entropy: float = 0.5
     """bonus in units of the advantages' spread, lowered to 0.001: without it the policy soon orders in every period"""
-    passes: int = 2
+    passes: int = 4
     minibatches: int = 2
     clip: float = 0.15
     target_kl: float = 0.015
     discount: float = 0.93
+    """of the advantages, raised to `last_discount`: it favours rare orders while exploration orders too often"""
+    last_discount: float = 0.99
     trace: float = 0.96
-    edge: int = 10
-    """first and last periods that no loss counts: the stocks start empty, and the end would not order"""
+    edge: int = 12
+    """periods: orders of the last, and all that happens in the first, teach nothing"""
 
 
 class Trunk(nn.Module):
-    """Two tanh layers beside a direct linear path, since order-up-to rules are linear; starts near zero."""
+    """Two tanh layers beside a direct linear path, since order-up-to rules are linear; starts near zero.
 
-    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+    Sees states over their `scale`. With `units [outputs]` the output is `units softplus(z + 1)`: order quantities.
+    """
+
+    def __init__(self, scale: Tensor, width: int, outputs: int, units: Tensor | None = None) -> None:
         super().__init__()
         last = nn.Linear(width, outputs)
-        self.layers = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), last)
-        self.direct = nn.Linear(inputs, outputs)
+        self.layers = nn.Sequential(nn.Linear(len(scale), width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), last)
+        self.direct = nn.Linear(len(scale), outputs)
         for layer, gain in ((self.layers[0], 5 / 3), (self.layers[2], 5 / 3), (last, 0.01), (self.direct, 0.0)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
+        self.scale, self.units = scale, units
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) + self.direct(x)
+    def forward(self, state: Tensor) -> Tensor:
+        z = self.layers(state / self.scale) + self.direct(state / self.scale)
+        return z if self.units is None else self.units * softplus(z + 1.0)
 
 
-def advantages(settings: Settings, values: Tensor, rewards: Tensor) -> Tensor:
+def advantages(settings: Settings, discount: float, values: Tensor, rewards: Tensor) -> Tensor:
     """Generalised advantage estimation `[B, T]`, the value held after the end."""
     following = torch.cat([values[:, 1:], values[:, -1:]], 1)
     total, found = torch.zeros_like(values[:, 0]), []
-    for delta in reversed((rewards + settings.discount * following - values).unbind(1)):
-        total = delta + settings.discount * settings.trace * total
+    for delta in reversed((rewards + discount * following - values).unbind(1)):
+        total = delta + discount * settings.trace * total
         found.append(total)
     return torch.stack(found[::-1], 1)
 
@@ -94,28 +101,47 @@ def ascend(optimizer: torch.optim.Optimizer, objective: Tensor) -> None:
     optimizer.step()
 
 
+def attached_rollout(
+    task: InventoryTask, policy: HybridPolicy, nu: Params, noise: Noise, tail: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States, actions, rewards and log pi of all choices, `[B, T, ...]`, with derivatives.
+
+    In the last `tail` periods the weights are held fixed: what earlier orders cause there counts, but no order whose
+    use the end cuts off.
+    """
+    theta, mdp = {key: value.float() for key, value in task.theta.items()}, task.mdp
+    split, parts = noise.process.shape[1] - tail, []
+    fixed = {key: value.detach() for key, value in nu.items()}
+    for periods, weights in ((slice(0, split), nu), (slice(split, None), fixed)):
+        part = Noise(noise.initial, noise.process[:, periods], noise.policy[:, periods])
+        path = rollout(mdp, policy, theta, weights, part)
+        mdp = replace(mdp, initial_state=lambda theta, e, last=path.states[:, -1]: last)
+        flat = path.states[:, :-1].flatten(0, 1)
+        log_probs = policy.choice_log_probs(weights, flat, flat).unflatten(0, path.rewards.shape)
+        parts.append((path.states[:, :-1], path.actions, path.rewards, log_probs))
+    states, actions, rewards, log_probs = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
+    return states, actions, rewards, log_probs
+
+
 def hpo_update(
     settings: Settings, task: InventoryTask, policy: HybridPolicy, nu: Params, critic: nn.Module,
-    optimizer: torch.optim.Optimizer, noise: Noise, *, entropy: float,
+    optimizer: torch.optim.Optimizer, noise: Noise, *, entropy: float, discount: float,
 ) -> None:  # fmt: skip
-    path = rollout(task.mdp, policy, {key: value.float() for key, value in task.theta.items()}, nu, noise)
-    kept = slice(settings.edge, path.rewards.shape[1] - settings.edge)
-    states, rewards, index = path.states[:, :-1], path.rewards, path.actions[..., 0].detach().long()
-    log_probs = policy.choice_log_probs(nu, states.flatten(0, 1), states.flatten(0, 1)).unflatten(0, rewards.shape)
+    states, actions, rewards, log_probs = attached_rollout(task, policy, nu, noise, settings.edge)
+    kept, index = slice(settings.edge, rewards.shape[1] - settings.edge), actions[..., 0].detach().long()
 
     with torch.no_grad():
         scaled = states / task.mean.float().repeat(2)
         features = torch.cat([scaled, scaled.square()], -1)
         unit, values = rewards.std(), critic(features).squeeze(-1)
-        advantage = advantages(
-            settings, values, (rewards - rewards.mean()) / unit
-        )  # relative to the average: small values
+        relative = (rewards - rewards.mean()) / unit  # to the average: values stay small
+        advantage = advantages(settings, discount, values, relative)
         target, spread = advantage + values, advantage[:, kept].std()
         credit = ((advantage - advantage[:, kept].mean()) / spread).unsqueeze(-1) * one_hot(index, policy.choices)
 
     # first pass: rewards and advantages in one unit, states attached in log pi: pathwise + score + cross term
-    mixed = rewards[:, kept].mean() / (unit * spread) + (credit * log_probs).sum(-1)[:, kept].mean()
-    ascend(optimizer, mixed + entropy * choice_entropy(log_probs)[:, kept].mean())
+    mixed = (rewards / (unit * spread) + (credit * log_probs).sum(-1))[:, settings.edge :].mean()
+    ascend(optimizer, mixed + entropy * choice_entropy(log_probs[:, kept]).mean())
 
     # later passes: the choice alone, on detached data
     data = [part[:, kept].detach().flatten(0, 1) for part in (states, log_probs, credit, features, target)]
@@ -133,16 +159,16 @@ def hpo_update(
 
 
 def train(settings: Settings, task: InventoryTask, terms: int) -> Iterator[tuple[HybridPolicy, Params]]:
-    """Policy and weights after each epoch; nu is empty, the modules hold their weights."""
+    """Policy and weights after each epoch."""
     mean, choices = task.mean.float(), terms + 1
-    discrete, continuous = Trunk(2 * ITEMS, settings.width, choices), Trunk(2 * ITEMS, settings.width, choices * ITEMS)
-    policy = discrete_first_policy(
-        lambda nu, state: discrete(state / mean.repeat(2)),
-        lambda nu, state: mean * softplus(continuous(state / mean.repeat(2)) + 1.0).unflatten(-1, (choices, ITEMS)),
+    scale, units = mean.repeat(2), mean.repeat(choices)
+    policy, nu = hybrid_module_policy(
+        discrete := Trunk(scale, settings.width, choices),
+        continuous := Trunk(scale, settings.width, choices * ITEMS, units),
         choices=choices,
         continuous_dim=ITEMS,
     )
-    critic = Trunk(4 * ITEMS, 64, 1)
+    critic = Trunk(torch.ones(4 * ITEMS), 64, 1)
     groups = [{"params": list(module.parameters())} for module in (discrete, continuous, critic)]
     optimizer = torch.optim.Adam(groups, lr=settings.rate)
     demand = task_noise(task, settings.paths, settings.periods, seed=task.train_seed, dtype=torch.float32)
@@ -155,9 +181,10 @@ def train(settings: Settings, task: InventoryTask, terms: int) -> Iterator[tuple
             acting = torch.randn(len(chosen), settings.periods, 1)
             noise = Noise(demand.initial[chosen], demand.process[chosen], acting)
             entropy = settings.entropy + (0.001 - settings.entropy) * share
-            hpo_update(settings, task, policy, {}, critic, optimizer, noise, entropy=entropy)
+            discount = settings.discount + (settings.last_discount - settings.discount) * share
+            hpo_update(settings, task, policy, nu, critic, optimizer, noise, entropy=entropy, discount=discount)
             update += 1
-        yield policy, {}
+        yield policy, nu
 
 
 def main(settings: Settings, terms: str, seed: int) -> Figure:

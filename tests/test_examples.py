@@ -17,6 +17,7 @@ EXAMPLES = {
     "design_building.py": (("--quick", "--plot", "figure.png"), "last design", ()),
     "design_four_rooms.py": (("--quick", "--plot", "figure.png"), "exact leader value", ()),
     "hdpo_inventory.py": (("--quick", "--plot", "figure.png"), "sharing weights saves", ()),
+    "hpo_joint_replenishment.py": (("--quick", "--plot", "figure.png"), "cost per product", ()),
     "hpo_switched_lqr.py": (("--quick", "--plot", "figure.png"), "gap to the optimum", ()),
     "lead_game.py": (("--quick", "--plot", "figure.png"), "exact return", ()),
     "ppo_hybrid.py": (("--quick", "--plot", "figure.png"), "gap to the optimum", ()),

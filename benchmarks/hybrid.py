@@ -1,7 +1,7 @@
 """Training with mixed gradients against optima and PPO: the figures of the rows of `study_hpo.py`.
 
-Rows that `results/hpo.json` lacks are trained first (`make study-hpo` does so beforehand, resumable); `--quick` trains
-one small instance of each task shortly and reads no rows. A bar without any row is skipped, and says so.
+The rows are those of `results/hpo.json`; `make study-hpo` trains what it lacks, row by row. Sizes without rows are left
+out, n is the number of seeds behind a figure. `--quick` trains one small instance of each task and reads no rows.
 
 `m-lqr`, switched LQR, test set of 1024 starts, at the weights that are best on the development set:
 
@@ -24,24 +24,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataclasses import replace
-
 from benchmarks.bars import Figure, MissingError, main
 from benchmarks.hybrid_tasks import lqr_task, replenishment_task
-from benchmarks.study_hpo import FILE, HPO, LONG, Instance, Row, measured, run, stored
+from benchmarks.study_hpo import FILE, HPO, LONG, Instance, Row, measured, stored
 
 SIZES = ("3-2", "16-2", "48-2")
 REFERENCE = {"3-2": 0.002, "16-2": 0.03}
 
 
 def rows_of(task: str) -> dict[str, list[Row]]:
-    """Rows by instance, all trained that the study lists for `task`. Raises `MissingError` when there are none."""
-    run(FILE, task, seeds=5, quick=False)
+    """Stored rows by instance. Raises `MissingError` when there are none."""
     found: dict[str, list[Row]] = {}
     for row in stored():
         if row["instance"].startswith(task):
@@ -85,7 +83,7 @@ def best_within(row: Row, periods: int) -> float:
 def m_jrp(quick: bool) -> Iterator[Figure]:
     """Quick: one item, 10 epochs of 40 periods."""
     if quick:
-        recipe = replace(HPO, epochs=10, **LONG | {"buffer": 5})
+        recipe = replace(HPO, **LONG | {"epochs": 10, "buffer": 5})
         small = Instance("jrp/1/hpo", lambda: replenishment_task(1, periods=40, paths=512), recipe)
         yield Figure("1-quick", measured(small, 0)["gap"], "1", 1)
         return

@@ -81,14 +81,18 @@ def check_residual(residual: Tensor, tolerance: float, strict: bool) -> None:
     worst = float(residual.max()) if residual.numel() else 0.0
     if worst <= tolerance:
         return
-    message = (
-        f"MuJoCo's solver left a residual of {worst:.1e} of the largest force in {int((residual > tolerance).sum())} "
-        f"of {residual.numel()} states, above tolerance = {tolerance:.1e}: derivatives there are of that accuracy; "
-        "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
-    )
+    advice = "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
     if strict:
-        raise UnconvergedError(message)
-    warnings.warn(message, UnconvergedWarning, stacklevel=2)
+        raise UnconvergedError(
+            f"MuJoCo's solver left a residual of {worst:.1e} of the largest force, above tolerance = {tolerance:.1e} in "
+            f"{int((residual > tolerance).sum())} of {residual.numel()} states: {advice}"
+        )
+    warnings.warn(  # without figures, so that a rollout shows it once
+        f"MuJoCo's solver left a residual above tolerance = {tolerance:.1e} of the largest force in some states; "
+        f"derivatives there are of that accuracy. rollout_report says where; {advice}",
+        UnconvergedWarning,
+        stacklevel=2,
+    )
 
 
 def split_products(kernels: KernelProducts, fallback: Products) -> Products:

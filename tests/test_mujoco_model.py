@@ -407,6 +407,42 @@ def test_noise_starts_and_signals() -> None:
     assert (box.low, box.high, box.unit) == ({"drive": -1.0}, {"drive": 1.0}, {"drive": "N m"})
 
 
+def test_names_and_units_follow_joints_and_actuators() -> None:
+    xml = """<mujoco><worldbody><body><joint name="b" type="ball"/><geom size=".1"/><body><joint name="s" type="slide"/>
+      <geom size=".1"/><body><joint name="h"/><geom size=".1"/></body></body></body></worldbody>
+      <actuator><position name="p" joint="h" kp="3"/><velocity name="v" joint="s" kv="2"/><motor joint="s" gear="2"/>
+      <general name="g" joint="h" dyntype="integrator" biastype="affine" biasprm="1 0 0"/><motor name="f" joint="s"/>
+      </actuator><keyframe><key name="home" qpos="1 0 0 0 .5 .2" act=".3"/></keyframe></mujoco>"""
+    mdp = mujoco_model(xml, (), _none, initial="home", backend="torch")
+    assert mdp.names["state"] == (
+        *(f"b_q{axis}" for axis in "wxyz"),
+        *("s", "h", "b_wx_velocity", "b_wy_velocity", "b_wz_velocity", "s_velocity", "h_velocity", "g_activation"),
+    )
+    assert mdp.names["action"] == ("p", "v", "actuator2", "g", "f")
+    assert [mdp.units[name] for name in mdp.names["action"]] == ["rad", "m/s", "1", "1", "N"]
+    assert [mdp.units[name] for name in ("b_qw", "s", "h", "s_velocity", "b_wx_velocity")] == [
+        "1",
+        "m",
+        "rad",
+        "m/s",
+        "rad/s",
+    ]
+    start = mdp.initial_state({}, torch.zeros(1, 10, dtype=torch.float64))
+    assert start[0].tolist() == [1, 0, 0, 0, 0.5, 0.2, 0, 0, 0, 0, 0, 0.3]
+
+
+@pytest.mark.slow
+def test_gradgradcheck_in_contact() -> None:
+    mdp = _ball("Euler", "elliptic")
+    theta, state, action, e = _start(mdp, 1)
+    keys = list(theta)
+    step = lambda s, a, *values: mdp.step(dict(zip(keys, values, strict=True)), s, a, e)
+    inputs = tuple(x.clone().requires_grad_() for x in (state, action, *theta.values()))
+    # differences of step 1e-6 of gradients of size up to 1e3
+    assert torch.autograd.gradcheck(step, inputs, eps=1e-6, atol=1e-5, rtol=1e-5, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(step, inputs, eps=1e-6, atol=1e-3, rtol=1e-4)
+
+
 def test_poses_of_bodies_are_those_of_the_engine() -> None:
     mdp = _ball()
     system = _system(mdp)

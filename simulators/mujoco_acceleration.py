@@ -84,7 +84,7 @@ def check_residual(residual: Tensor, tolerance: float, strict: bool) -> None:
     advice = "soften the contacts (solref, solimp), shorten the time step, or raise tolerance"
     if strict:
         raise UnconvergedError(
-            f"MuJoCo's solver left a residual of {worst:.1e} of the largest force, above tolerance = {tolerance:.1e} in "
+            f"MuJoCo's solver left a residual of {worst:.1e} of the largest force, above {tolerance:.1e} in "
             f"{int((residual > tolerance).sum())} of {residual.numel()} states: {advice}"
         )
     warnings.warn(  # without figures, so that a rollout shows it once

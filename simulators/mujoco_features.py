@@ -162,8 +162,8 @@ def _capsule(table: GeomTable, s: Sides, tolerance: float) -> Features:
 
 
 def _ellipsoid(table: GeomTable, s: Sides, tolerance: float) -> Features:
-    kind = np.where(s.on_plane, ELLIPSOID_FOOT, NO_CORE)
-    out = _found(kind, np.zeros((len(kind), 3)))
+    n = len(s.geom)
+    out = _found(np.full(n, ELLIPSOID_FOOT), np.zeros((n, 3)))
     out.shape[:, [0, 1, 2], [0, 1, 2]] = table.size[s.geom] ** 2
     return out
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sim2real.simulators.mujoco_cores import CORE_PAIRS, ELLIPSOID_FOOT, FACE, CorePair, core_frames
+from sim2real.simulators.mujoco_cores import CORE_PAIRS, CYLINDER_FOOT, ELLIPSOID_FOOT, FACE, RIM, CorePair, core_frames
 from sim2real.simulators.mujoco_features import Array, Features, GeomTable, Index, features
 from sim2real.simulators.mujoco_readings import Reading, sides
 
@@ -17,6 +17,8 @@ _TOLERANCES = (1e-7, 1e-5)
 """of `features`: exact colliders first, then those whose normals carry noise"""
 _SAME = (1e-5, 1e-7, 1e-6)
 """a closed form is accepted if normal, distance (m) and point (m) equal MuJoCo's within these"""
+_SAME_FOOT = (1e-4, 1e-6, 1e-4)
+"""the same of a rim or an ellipsoid on a face, which MuJoCo finds by iteration; other features are 1e-2 away"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ def match_cores(table: GeomTable, reading: Reading) -> tuple[list[CoreContacts],
         at = np.flatnonzero(left)
         if not len(at):
             break
-        seen = features(table, both[np.repeat(left, 2)], tolerance)
+        seen = _on_faces(features(table, both[np.repeat(left, 2)], tolerance))
         kind = seen.kind.reshape(-1, 2)
         swapped = kind[:, 0] > kind[:, 1]
         ordered = np.where(swapped[:, None], kind[:, ::-1], kind)
@@ -56,6 +58,15 @@ def match_cores(table: GeomTable, reading: Reading) -> tuple[list[CoreContacts],
     return parts, rows
 
 
+def _on_faces(seen: Features) -> Features:
+    """A rim that touches a face does so with its lowest point, as on a plane."""
+    kind = seen.kind.reshape(-1, 2)
+    lies = ((kind == RIM) & (kind[:, ::-1] == FACE)).ravel()
+    shape = seen.shape.copy()
+    shape[lies, 0] = shape[lies, 0, :1] * np.array([0.0, 1.0, 0.0])
+    return replace(seen, kind=np.where(lies, CYLINDER_FOOT, seen.kind), shape=shape)
+
+
 def _confirmed(
     reading: Reading, seen: Features, at: Index, chosen: Index, side: Index, kinds: tuple[int, int]
 ) -> tuple[CorePair, NDArray[np.bool_]]:
@@ -66,7 +77,7 @@ def _confirmed(
         point=_real(seen.point[picked]),
         axis=_real(seen.axis[picked]),
         radius=_real(seen.radius[picked]),
-        shape=_real(seen.shape[picked].sum(1)),
+        shape=_real(seen.shape[picked[:, 0]] + seen.shape[picked[:, 1]]),
         sign=torch.ones(len(at), dtype=torch.float64),
         flip=_real(1.0 - 2.0 * side[:, 0]),
     )
@@ -75,10 +86,11 @@ def _confirmed(
         *_, normal = core_frames(pair, *carriers)
         pair = replace(pair, sign=(normal * _real(reading.frame[at, 0])).sum(-1).sign())
     dist, point, normal = core_frames(pair, *carriers)
+    same = _SAME_FOOT if kinds[1] in (CYLINDER_FOOT, ELLIPSOID_FOOT) else _SAME
     good = (
-        ((normal - _real(reading.frame[at, 0])).abs().amax(1) < _SAME[0])
-        & ((dist - _real(reading.dist[at])).abs() < _SAME[1])
-        & ((point - _real(reading.point[at])).abs().amax(1) < _SAME[2])
+        ((normal - _real(reading.frame[at, 0])).abs().amax(1) < same[0])
+        & ((dist - _real(reading.dist[at])).abs() < same[1])
+        & ((point - _real(reading.point[at])).abs().amax(1) < same[2])
     )
     return pair, good.numpy()
 

@@ -163,22 +163,23 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
     detached = Rollout(path.states.detach(), path.actions.detach(), path.rewards.detach())
     features = critic_features(task, detached.states[:, :-1])
     kept = slice(recipe.buffer, horizon - recipe.buffer)
-    rows = torch.arange(horizon)[kept]
+    rows, share = torch.arange(horizon)[kept], 1.0
     if recipe.method == "branches":
-        rows = rows[torch.randperm(len(rows), generator=learner.generator)[: recipe.branch_times].sort().values]
+        all_rows, picked = rows, torch.randperm(len(rows), generator=learner.generator)[: recipe.branch_times]
+        rows, share = all_rows[picked.sort().values], len(picked) / len(all_rows)
         to_go, extra = branch_returns(task, learner, noise, detached, rows)
         pi = old[:, rows].exp()
         advantage = to_go - (pi * to_go).sum(-1, keepdim=True)
         scale = float((pi * advantage.square()).sum(-1).mean().clamp_min(1e-20).rsqrt())
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
-        weights[:, rows] = scale * pi * advantage * (len(torch.arange(horizon)[kept]) / len(rows))
+        weights[:, rows] = scale * pi * advantage
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
         spread, extra = advantage[:, kept].std(), 0
         scale = float(unit / spread)
         standard = (advantage - advantage[:, kept].mean()) / spread
         weights = standard.unsqueeze(-1) * one_hot(detached.actions[..., 0].long(), task.choices)
-    gain = (scale * path.rewards + (weights * log_probs).sum(-1))[:, recipe.buffer :].mean()
+    gain = (scale * path.rewards + (weights * log_probs).sum(-1) / share)[:, recipe.buffer :].mean()
     ascend(learner, gain + entropy * choice_entropy(log_probs[:, kept]).mean())
     parts = (detached.states[:, :-1], detached.actions, weights, old, features, target)
     later_passes(recipe, learner, Batch(*(part[:, rows].flatten(0, 1) for part in parts)), entropy)

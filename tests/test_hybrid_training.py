@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -22,7 +23,7 @@ from benchmarks.hybrid_training import (
     new_learner,
     train,
 )
-from sim2real.estimators import mixed_gradient
+from sim2real.estimators import counterfactual_gradient, mixed_gradient
 from sim2real.hybrid_policy import greedy_policy
 from sim2real.mdp import Noise
 from sim2real.rollout import Rollout, rollout
@@ -83,9 +84,10 @@ def test_generalised_advantages_are_the_sum_of_deltas(task: HybridTask) -> None:
     assert whole.shape == rewards.shape
 
 
-def test_the_first_pass_is_the_mixed_gradient(task: HybridTask) -> None:
-    """Without later passes and entropy, a step of plain gradient ascent goes along `mixed_gradient`."""
-    recipe = replace(TINY, passes=0)
+@pytest.mark.parametrize("method", ["hpo", "branches"])
+def test_the_first_pass_is_the_gradient_of_the_library(task: HybridTask, method: str) -> None:
+    """Without later passes and entropy, a step of plain ascent goes along the estimator of the same name."""
+    recipe = replace(TINY, passes=0, method=method)
     learner = new_learner(task, recipe, 0)
     noise, path = drawn(task, learner)
     before = {key: value.detach().clone() for key, value in learner.nu.items()}
@@ -93,9 +95,9 @@ def test_the_first_pass_is_the_mixed_gradient(task: HybridTask) -> None:
         recipe, learner, critic_features(task, path.states[:, :-1].detach()), path.rewards.detach()
     )
     advantage = (found - found.mean()) / unit
-    wanted = mixed_gradient(
-        task.mdp, learner.policy, task.theta, before, noise, advantage=lambda path, noise, discount: advantage
-    ).grad
+    mixed = partial(mixed_gradient, advantage=lambda path, noise, discount: advantage)
+    estimator = mixed if method == "hpo" else counterfactual_gradient
+    wanted = estimator(task.mdp, learner.policy, task.theta, before, noise).grad
     plain = torch.optim.SGD([{"params": group["params"]} for group in learner.optimizer.param_groups], lr=1e-3)
     hpo_update(task, recipe, replace(learner, optimizer=plain), noise, 0.0)  # type: ignore[arg-type]
     for part in ("discrete", "continuous"):  # their norms are clipped apart

@@ -50,7 +50,9 @@ class Recipe:
     discount: float = 0.99
     """of the advantages"""
     last_discount: float | None = None
-    """what it is raised to, linearly; None: it stays"""
+    """what it is raised to; None: it stays"""
+    ramp: float = 1.0
+    """share of the training over which entropy bonus and discount move to their last values"""
     trace: float = 0.96
     target_kl: float = 0.015
     buffer: int = 0
@@ -119,9 +121,10 @@ def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progre
             share = updates / total
             for group in learner.optimizer.param_groups:
                 group["lr"] = recipe.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
-            entropy = recipe.entropy + (0.001 - recipe.entropy) * share
+            ramp = min(share / recipe.ramp, 1.0)
+            entropy = recipe.entropy + (0.001 - recipe.entropy) * ramp
             last = recipe.discount if recipe.last_discount is None else recipe.last_discount
-            now = replace(recipe, discount=recipe.discount + (last - recipe.discount) * share)
+            now = replace(recipe, discount=recipe.discount + (last - recipe.discount) * ramp)
             process = task.train.process[chosen]
             drawn = (*process.shape[:2], learner.policy.noise_dim)
             noise = Noise(task.train.initial[chosen], process, torch.randn(drawn, generator=learner.generator))

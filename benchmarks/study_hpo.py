@@ -51,14 +51,14 @@ HPO = Recipe()
 BRANCHES = replace(HPO, method="branches", branch_times=8)
 PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
 LONG: dict[str, Any] = {
-    "epochs": 48,
+    "epochs": 40,
     "rate": 2e-3,
     "width": 64,
     "entropy": 0.5,
     "discount": 0.93,
     "last_discount": 0.99,
 }
-LONG |= {"buffer": 12, "passes": 4}
+LONG |= {"ramp": 0.4, "buffer": 12, "passes": 4}
 """joint replenishment: much exploration, and a discount that at first favours rare orders: else it orders too often"""
 
 

@@ -41,7 +41,7 @@ TERMS = {
 @dataclass(frozen=True)
 class Settings:
     width: int = 64
-    epochs: int = 48
+    epochs: int = 40
     paths: int = 1024
     periods: int = 60
     batch: int = 128
@@ -56,6 +56,8 @@ class Settings:
     discount: float = 0.93
     """of the advantages, raised to `last_discount`: it favours rare orders while exploration orders too often"""
     last_discount: float = 0.99
+    ramp: float = 0.4
+    """share of the training over which bonus and discount move to their last values"""
     trace: float = 0.96
     edge: int = 12
     """periods: orders of the last, and all that happens in the first, teach nothing"""
@@ -180,8 +182,9 @@ def train(settings: Settings, task: InventoryTask, terms: int) -> Iterator[tuple
                 group["lr"] = settings.rate * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
             acting = torch.randn(len(chosen), settings.periods, 1)
             noise = Noise(demand.initial[chosen], demand.process[chosen], acting)
-            entropy = settings.entropy + (0.001 - settings.entropy) * share
-            discount = settings.discount + (settings.last_discount - settings.discount) * share
+            ramp = min(share / settings.ramp, 1.0)
+            entropy = settings.entropy + (0.001 - settings.entropy) * ramp
+            discount = settings.discount + (settings.last_discount - settings.discount) * ramp
             hpo_update(settings, task, policy, nu, critic, optimizer, noise, entropy=entropy, discount=discount)
             update += 1
         yield policy, nu

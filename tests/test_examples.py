@@ -39,6 +39,26 @@ EXAMPLES = {
         "new flights start",
         ("warp",),
     ),
+    "mujoco_hopper.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "in Hopper-v5 after",
+        ("mujoco", "gymnasium"),
+    ),
+    "mujoco_payload.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "payload.mass",
+        ("mujoco",),
+    ),
+    "mujoco_reacher.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "new goals are within reach",
+        ("mujoco", "gymnasium"),
+    ),
+    "mujoco_tune.py": (
+        ("--quick", "--plot", "figure.png", "--gif", "motion.gif"),
+        "tuned to perform: real sleds stop",
+        ("mujoco",),
+    ),
     "tune_mujoco_cartpole.py": (("--quick", "--plot", "figure.png"), "paired gain over 8 starts", ("mujoco",)),
 }
 

@@ -82,6 +82,8 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
+        if all(cotangent is None for cotangent in g):  # as when only a product that was given y is differentiated
+            return (None,) * (1 + ctx.call.count)
         call, tensors = ctx.call, saved(ctx)
         x, y = tensors[: call.count], tensors[call.count :]
         return None, *_pull(call.program, x, y, _filled(g, y), ctx.needs_input_grad[1:])

@@ -2,7 +2,8 @@
 
 Each geom offers a core carried by its body, and a radius r around it: a point P (sphere, end of a capsule, vertex),
 a line L (side of a capsule or cylinder, edge), a plane F (plane, face, cap), a rim R (circle, edge of a cap), and,
-against a plane, the foot of a cylinder C or of an ellipsoid E. Between core points q1 and q2 with normal n,
+against a face, the foot of a cylinder C or of an ellipsoid E and clipped points of boxes (`mujoco_clipping`). Between
+core points q1 and q2 with normal n,
 
     F-P, F-C, F-E   n = u1                      q1 = q2 - n (n . (q2 - p1))
     P-P, R-P, L-P   n = (q2 - q1)/|q2 - q1|     q1 the nearest point of the core 1 to q2
@@ -22,11 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FACE, RIM, LINE, POINT, CYLINDER_FOOT, ELLIPSOID_FOOT, NO_CORE = 0, 1, 2, 3, 4, 5, 9
+FACE, RIM, LINE, POINT, CYLINDER_FOOT, ELLIPSOID_FOOT, CUT_EDGE, UNDER_CORNER, NO_CORE = range(9)
 CORE_PAIRS = (
     (FACE, POINT),
     (FACE, CYLINDER_FOOT),
     (FACE, ELLIPSOID_FOOT),
+    (FACE, CUT_EDGE),
+    (FACE, UNDER_CORNER),
     (RIM, POINT),
     (LINE, LINE),
     (LINE, POINT),
@@ -48,7 +51,8 @@ class CorePair:
     radius: Tensor
     """[n, 2] m"""
     shape: Tensor
-    """[n, 3, 3]: rim (radius at [0, 0]), foot of a cylinder (c0, c1, c2 in row 0), S of an ellipsoid"""
+    """[n, 3, 3]: rim (radius at [0, 0]), foot of a cylinder (c0, c1, c2 in row 0), S of an ellipsoid; of a
+    clipped point the normal of the side (row 0) and a point on it (row 1), in the frame of the first carrier"""
     sign: Tensor
     """[n] +1 or -1: the side of the core on which the normal lies"""
     flip: Tensor
@@ -67,6 +71,8 @@ def core_frames(pair: CorePair, position: Tensor, rotation: Tensor) -> tuple[Ten
     first, second = pair.kinds
     if first == FACE:
         q2 = _foot(pair, p2, u2, u1, rotation[:, 1])
+        if second in (CUT_EDGE, UNDER_CORNER):
+            q2 = _clip(pair, p2, u2, u1, position[:, 0], rotation[:, 0])
         normal, q1 = u1, q2 - u1 * _inner(u1, q2 - p1)
     elif second == LINE:
         normal, q1, q2 = _two_lines(p1, u1, p2, u2, pair.sign)
@@ -96,6 +102,15 @@ def _foot(pair: CorePair, center: Tensor, axis: Tensor, normal: Tensor, rotation
         support = (pair.shape @ turned[..., None]).squeeze(-1)
         return center - (rotation @ support[..., None]).squeeze(-1) / _inner(support, turned).sqrt()
     return center
+
+
+def _clip(pair: CorePair, point: Tensor, axis: Tensor, normal: Tensor, position: Tensor, rotation: Tensor) -> Tensor:
+    """The clipped point [n, 3] of core 2 over a face with this normal, whose carrier is at `position`, `rotation`."""
+    side = (rotation @ pair.shape[:, 0, :, None]).squeeze(-1)
+    corner = position + (rotation @ pair.shape[:, 1, :, None]).squeeze(-1)
+    if pair.kinds[1] == CUT_EDGE:
+        return point + axis * _inner(side, corner - point) / _inner(side, axis)
+    return corner + normal * _inner(axis, point - corner) / _inner(axis, normal)
 
 
 def _nearest(pair: CorePair, center: Tensor, axis: Tensor, target: Tensor) -> Tensor:

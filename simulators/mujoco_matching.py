@@ -9,7 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sim2real.simulators.mujoco_cores import CORE_PAIRS, CYLINDER_FOOT, ELLIPSOID_FOOT, FACE, RIM, CorePair, core_frames
+from sim2real.simulators.mujoco_clipping import clipped
+from sim2real.simulators.mujoco_cores import (
+    CORE_PAIRS,
+    CUT_EDGE,
+    CYLINDER_FOOT,
+    ELLIPSOID_FOOT,
+    FACE,
+    RIM,
+    UNDER_CORNER,
+    CorePair,
+    core_frames,
+)
 from sim2real.simulators.mujoco_features import Array, Features, GeomTable, Index, features
 from sim2real.simulators.mujoco_readings import Reading, sides
 
@@ -41,7 +52,8 @@ def match_cores(table: GeomTable, reading: Reading) -> tuple[list[CoreContacts],
         at = np.flatnonzero(left)
         if not len(at):
             break
-        seen = _on_faces(features(table, both[np.repeat(left, 2)], tolerance))
+        some = both[np.repeat(left, 2)]
+        seen = clipped(table, some, _on_faces(features(table, some, tolerance)))
         kind = seen.kind.reshape(-1, 2)
         swapped = kind[:, 0] > kind[:, 1]
         ordered = np.where(swapped[:, None], kind[:, ::-1], kind)
@@ -101,8 +113,11 @@ def _carried(
     """The confirmed contacts with their cores in the frames of the bodies."""
     geom = reading.geom[rows[:, None], side]
     place, turn, shape = _real(table.position[geom]), _real(table.rotation[geom]), pair.shape[good]
-    if pair.kinds == (FACE, ELLIPSOID_FOOT):
+    if pair.kinds[1] == ELLIPSOID_FOOT:
         shape = turn[:, 1] @ shape @ turn[:, 1].mT
+    elif pair.kinds[1] in (CUT_EDGE, UNDER_CORNER):
+        shape = shape @ turn[:, 0].mT
+        shape = torch.stack([shape[:, 0], place[:, 0] + shape[:, 1], shape[:, 2]], 1)
     return CoreContacts(
         env=torch.from_numpy(reading.env[rows]),
         body=torch.from_numpy(table.body[geom]),

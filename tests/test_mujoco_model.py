@@ -18,8 +18,12 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from sim2real.bounds import default_params
-from sim2real.mdp import ModelMDP
+from sim2real.estimators.pathwise import pathwise_gradient
+from sim2real.estimators.score_function import score_function_gradient
+from sim2real.mdp import ModelMDP, sample_noise
 from sim2real.params import Params
+from sim2real.policy import linear_policy
+from sim2real.rollout import expected_return
 from sim2real.simulators.double_pendulum import double_pendulum
 from sim2real.simulators.mujoco_acceleration import split_products
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
@@ -323,6 +327,28 @@ def test_a_rollout_without_derivatives_is_one_call_of_the_engine(integrator: str
     e[1, 3] = float("inf")
     with pytest.raises(SimulationDivergedError, match=r"\[1\]"):
         mdp.open_loop(each, state, actions, e)
+
+
+def test_estimators_take_the_model() -> None:
+    """Pathwise gradients of a return, through contact and a terminal state, against differences of the return."""
+    reward = lambda theta, s, a, e, following: following[:, 0] - 0.1 * a.square().sum(-1)
+    mdp = replace(_ball(frame_skip=2, terminal=lambda theta, s: s[:, 2] < 0.05), reward=reward)
+    policy = linear_policy(1, std=0.1)
+    nu = {"gain": 0.2 * _normal(1, len(mdp.names["state"])), "offset": torch.zeros(1, dtype=torch.float64)}
+    theta = default_params(mdp.box)
+    noise = sample_noise(mdp, policy, batch=4, horizon=4, generator=torch.Generator().manual_seed(0))
+    for wrt, params, key in (("nu", nu, "offset"), ("theta", theta, "ball.mass")):
+        estimate = pathwise_gradient(mdp, policy, theta, nu, noise, wrt=wrt)
+        change = torch.ones_like(params[key])
+
+        def moved(h: float, wrt: str = wrt, key: str = key, change: Tensor = change) -> Any:
+            at = {"theta": theta, "nu": nu}
+            at[wrt] = at[wrt] | {key: at[wrt][key] + h * change}
+            return expected_return(mdp, policy, at["theta"], at["nu"], noise).numpy()
+
+        assert float(estimate.grad[key].sum()) == pytest.approx(float(_richardson(moved, 1e-5)), rel=1e-6)
+    scores = score_function_gradient(mdp, policy, theta, nu, noise)
+    assert bool(torch.isfinite(scores.grad["gain"]).all())
 
 
 def test_a_delay_is_the_mean_of_the_late_commands_and_differentiable() -> None:

@@ -1,0 +1,198 @@
+"""The inverse problem that all inversions share: which unseen input explains an observed outcome.
+
+    u_i = argmin_u  (y_i - g(theta, rows_i, u))' W_i (y_i - g(theta, rows_i, u)) + (u - c_i)' S_i (u - c_i)
+    subject to      low <= u <= high,
+
+for every row i of a batch at once. g is any differentiable map: one model step, T steps under a lower level that is
+given the goal u, the torques of that lower level. `rows` holds what is known of each transition: the state it starts
+in, logged gains, poses.
+
+Internally a sum of squares `|r|^2`, r = [L'(g - y), R'(u - c)] with W = L L' and S = R R'.
+Reference: Schmidt, Gammelli, Harrison, Pavone, Rodrigues, Offline hierarchical reinforcement learning via inverse
+optimization, 2024, equations 5 and 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from sim2real.params import Params
+
+Predict = Callable[[Params, Params, Tensor], Tensor]
+"""theta, rows (each `[N, ...]`), u `[N, p]` -> outcome `[N, q]`; row i of the outcome depends on row i alone"""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The input that explains each row; only `u` carries derivatives."""
+
+    u: Tensor
+    """`[N, p]`; NaN in `saturated` rows, where no single input is the answer"""
+    residual: Tensor
+    """`[N]`: root of `(y - g)'W(y - g)` at the input found, in saturated rows too"""
+    converged: Tensor
+    """`[N]` bool: the residual is negligible, or no direction left free decreases the objective"""
+    rank: Tensor
+    """`[N]`: of the Jacobian dg/du, weighted by W"""
+    saturated: Tensor
+    """`[N]` bool: the rank is below `full_rank`: a whole set of inputs explains the row equally well"""
+    steps: Tensor
+    """`[N]`: iterations spent"""
+
+
+@dataclass(frozen=True)
+class InverseProblem:
+    """A checked batch of inverse problems; see the module."""
+
+    predict: Predict
+    theta: Params
+    rows: Params
+    outcome: Tensor
+    """`[N, q]`"""
+    root: Tensor | None
+    """L' `[q, q]` or `[N, q, q]`, W = L L'; None: the identity"""
+    center: Tensor
+    """c `[N, p]`"""
+    prior_root: Tensor | None
+    """R' `[p, p]` or `[N, p, p]`, S = R R'; None: no regulariser"""
+    low: Tensor
+    high: Tensor
+    """`[N, p]`"""
+
+
+def inverse_problem(
+    predict: Predict,
+    theta: Params,
+    rows: Params,
+    outcome: Tensor,
+    start: Tensor,
+    *,
+    precision: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_precision: Tensor | None = None,
+    low: Tensor | float = -math.inf,
+    high: Tensor | float = math.inf,
+) -> InverseProblem:
+    """Check the data once; arguments as for `inversion.invert`. Raises `ValueError` naming what does not fit."""
+    if outcome.ndim != 2 or start.ndim != 2 or len(outcome) != len(start) or not len(start) or not start.shape[1]:
+        raise ValueError(
+            f"outcome must be [N, q] and start [N, p], got {tuple(outcome.shape)} and {tuple(start.shape)}"
+        )
+    for name, value in rows.items():
+        if value.ndim == 0 or len(value) != len(start):
+            raise ValueError(f"rows['{name}'] must be [N, ...] with N = {len(start)}, got {tuple(value.shape)}")
+    if prior is not None and (prior_precision is None or prior.shape != start.shape):
+        raise ValueError(
+            f"prior must be shaped like start, {tuple(start.shape)}, and needs prior_precision; got "
+            f"{tuple(prior.shape)} and prior_precision {'None' if prior_precision is None else 'given'}"
+        )
+    for name, value in {"outcome": outcome, "start": start, "prior": prior, **rows}.items():
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds values that are not finite; drop or mask those rows first")
+    bounds = [torch.as_tensor(b, dtype=start.dtype, device=start.device).expand_as(start) for b in (low, high)]
+    outside = ((start < bounds[0]) | (start > bounds[1])).any(-1)
+    if bool(outside.any()):
+        raise ValueError(
+            f"start lies outside [low, high] in {int(outside.sum())} rows, first {int(outside.nonzero()[0])}"
+        )
+    return InverseProblem(
+        predict,
+        theta,
+        rows,
+        outcome,
+        precision_root(precision, outcome, "precision"),
+        start if prior is None else prior,
+        precision_root(prior_precision, start, "prior_precision"),
+        *bounds,
+    )
+
+
+def precision_root(precision: Tensor | None, like: Tensor, name: str) -> Tensor | None:
+    """L' of a matrix `[q, q]` or `[N, q, q]`, or of a diagonal `[q]`."""
+    if precision is None:
+        return None
+    size = like.shape[1]
+    if precision.shape not in ((size,), (size, size), (len(like), size, size)):
+        wanted = f"[{size}], [{size}, {size}] or [{len(like)}, {size}, {size}]"
+        raise ValueError(f"{name} must be {wanted}, got {list(precision.shape)}")
+    matrix = torch.diag(precision) if precision.ndim == 1 else precision
+    factor, failed = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
+    if bool((failed > 0).any()):
+        raise ValueError(
+            f"{name} must be positive definite: leave signals that carry no information out of the outcome"
+        )
+    return factor.mT
+
+
+def select(problem: InverseProblem, index: Tensor) -> InverseProblem:
+    """The problem of some of the rows."""
+
+    def pick(root: Tensor | None) -> Tensor | None:
+        return root if root is None or root.ndim == 2 else root[index]
+
+    return replace(
+        problem,
+        rows={key: value[index] for key, value in problem.rows.items()},
+        outcome=problem.outcome[index],
+        root=pick(problem.root),
+        center=problem.center[index],
+        prior_root=pick(problem.prior_root),
+        low=problem.low[index],
+        high=problem.high[index],
+    )
+
+
+def residuals(problem: InverseProblem, u: Tensor) -> Tensor:
+    """r `[N, q]`, or `[N, q + p]` with a regulariser."""
+    given = problem.predict(problem.theta, problem.rows, u)
+    if given.shape != problem.outcome.shape:
+        wanted = tuple(problem.outcome.shape)
+        raise ValueError(f"predict(theta, rows, u) gave {tuple(given.shape)}, the outcome is {wanted}")
+    data = apply_root(problem.root, given - problem.outcome)
+    if problem.prior_root is None:
+        return data
+    return torch.cat([data, apply_root(problem.prior_root, u - problem.center)], -1)
+
+
+def jacobian(problem: InverseProblem, u: Tensor) -> tuple[Tensor, Tensor]:
+    """r `[N, q']` and `dr/du [N, q', p]`, forward mode: one tangent for each column, none of them crossing rows."""
+    width = u.shape[-1]
+
+    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
+        value, tangent = jvp(lambda x: residuals(problem, x), (u,), (direction.expand_as(u),))
+        return value, tangent
+
+    value, columns = vmap(along, out_dims=(None, -1))(torch.eye(width, dtype=u.dtype, device=u.device))
+    return value, columns
+
+
+def data_residual(problem: InverseProblem, r: Tensor) -> Tensor:
+    """`[N]` norm of the part of r that belongs to the outcome."""
+    return r[:, : problem.outcome.shape[1]].norm(dim=-1)
+
+
+def ranks(problem: InverseProblem, J: Tensor) -> Tensor:
+    """`[N]` rank of the weighted dg/du: singular values above 1e-9 of the row's largest."""
+    values = torch.linalg.svdvals(J[:, : problem.outcome.shape[1]])
+    return (values > 1e-9 * values[:, :1]).sum(-1)
+
+
+def finished(
+    problem: InverseProblem, u: Tensor, r: Tensor, J: Tensor, *, stationary: Tensor, steps: Tensor, full_rank: int
+) -> Inversion:
+    """The report at u; `stationary [N]` says which rows are done."""
+    rank = ranks(problem, J)
+    saturated = rank < full_rank
+    shown = torch.where(saturated.unsqueeze(-1), math.nan, u)
+    return Inversion(shown, data_residual(problem, r), stationary, rank, saturated, steps)
+
+
+def apply_root(root: Tensor | None, vector: Tensor) -> Tensor:
+    """L' times each row."""
+    return vector if root is None else (root @ vector.unsqueeze(-1)).squeeze(-1)

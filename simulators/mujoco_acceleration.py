@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_forward import Kind, accelerate
-from sim2real.simulators.mujoco_products import STATE, KernelProducts, Products, torch_products
+from sim2real.simulators.mujoco_products import STATE, Cotangents, KernelProducts, Products, torch_products
 from sim2real.simulators.mujoco_structure import Structure
 from sim2real.simulators.warp_functions import Program, Tensors, Wanted
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
@@ -46,8 +46,8 @@ def acceleration_program(
     products = _products(structure, names, kind, backend)
 
     def value(x: Tensors) -> Tensors:
-        base, _, *state = x[: len(STATE)]
-        w, a, residual = engine((base, *state), dict(zip(names, x[len(STATE) :], strict=True)))
+        base, _, v, act, ctrl, force = x[: len(STATE)]
+        w, a, residual = engine((base, v, act, ctrl, force), dict(zip(names, x[len(STATE) :], strict=True)))
         check_residual(residual, tolerance, strict)
         return w, a
 
@@ -93,6 +93,15 @@ def check_residual(residual: Tensor, tolerance: float, strict: bool) -> None:
         UnconvergedWarning,
         stacklevel=2,
     )
+
+
+def cotangent_kernels(structure: Structure, names: tuple[str, ...], kind: Kind, backend: Backend) -> Cotangents | None:
+    """Reverse products of several cotangents of each state at once; None where there are no kernels for it."""
+    if backend == "torch" or find_spec("warp") is None:
+        return None
+    from sim2real.simulators.mujoco_kernels import kernel_cotangents
+
+    return kernel_cotangents(structure, names, kind)
 
 
 def split_products(kernels: KernelProducts, fallback: Products) -> Products:

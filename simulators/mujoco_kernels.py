@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from sim2real.simulators.mujoco_kernels_passes import (
     kernel,
     scratch_numbers,
 )
-from sim2real.simulators.mujoco_products import STATE, KernelProducts
+from sim2real.simulators.mujoco_products import STATE, Cotangents, KernelProducts
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields
 from sim2real.simulators.warp_functions import Tensors, Wanted
 from sim2real.simulators.warp_kernels import in_slices
@@ -50,6 +50,7 @@ _LANES = LANES[torch.float64]
 _BYTES = 8
 _INDEX = {name: k for k, name in enumerate(SLOTS)}
 _COVERED = WORDS * len(SLOTS)
+_COTANGENTS = _COVERED + 1 + len(INTEGERS) + len(REALS) + SIZES.index("cotangents")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,29 @@ def kernel_products(structure: Structure, names: tuple[str, ...], kind: Kind) ->
     return KernelProducts(push, pull, second)
 
 
+def kernel_cotangents(structure: Structure, names: tuple[str, ...], kind: Kind) -> Cotangents | None:
+    """J' g for several cotangents of each state, which share all that only the state decides; None as above.
+
+    (x, y, g `[C, K, nv]`, wanted) -> gradients of the wanted inputs `[C, K, length]`, and the mask `[C]`; y may be w
+    alone, from which the acceleration follows.
+    """
+    if uncovered(structure, names, kind) is not None:
+        return None
+    plan = _plan(structure, names, kind)
+
+    def pull(x: Tensors, y: Tensors, g: Tensor, wanted: Wanted) -> tuple[Tensors, Tensor]:
+        count, many = _copies((*x, *y, g)), g.shape[1]
+        wide = replace(plan, words=plan.words.copy(), shapes=tuple((many * math.prod(shape),) for shape in plan.shapes))
+        wide.words[_COTANGENTS] = many
+        grads = _room(wide, count, wanted)
+        slots = _slots(plan, x, y) | {"cotangent": g.flatten(1)}
+        covered = _run(wide, "pull", count, slots, {}, _chosen(plan, grads, wanted), {})
+        lengths = [math.prod(shape) for shape, want in zip(plan.shapes, wanted, strict=True) if want]
+        return tuple(g.unflatten(1, (many, length)) for g, length in zip(grads, lengths, strict=True)), covered
+
+    return pull
+
+
 def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     model, found = structure.model, tables(structure)
     nominal = {name: array.reshape(1, -1) for name, array in nominal_fields(structure).items() if name in FIELDS}
@@ -117,7 +141,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     found.integers["elastic"] = np.int32((model.jnt_stiffness.reshape(-1) != 0) | varies)
     found.integers["slot_first"] = np.array([0, *np.cumsum(lengths)[:-1]], np.int32)
     found.integers["slot_length"] = np.array(lengths, np.int32)
-    sizes = {**found.sizes, "components": sum(lengths), "implicit": int(kind != "explicit")}
+    sizes = {**found.sizes, "components": sum(lengths), "implicit": int(kind != "explicit"), "cotangents": 1}
     kept = [torch.from_numpy(np.append(found.integers[name], 0).astype(np.int32)) for name in INTEGERS]
     kept += [torch.from_numpy(np.append(found.reals[name], 0.0)) for name in REALS]
     numbers = np.array([found.numbers[name] for name in NUMBERS]).view(np.int64)

@@ -56,6 +56,7 @@ SIZES = (
     "first_moving",
     "components",
     "implicit",
+    "cotangents",
 )
 NUMBERS = ("timestep", "impratio")
 SCRATCH = (  # name, type, numbers of each, how many
@@ -221,6 +222,19 @@ auto gained = [&](int s, int c) -> N {{ return gains[slot_first[s] + c]; }};
 """
 
 _POSITION = """
+auto of_advance = [&]() APART {  // a where it is not given: M a = G w
+    all(ADVANCE, w);
+    for (int d = 0; d < dofs; ++d) a[d] = w[d];
+    if (!implicit) return;
+    times(M, w, a);
+    for (int d = 0; d < dofs; ++d) {
+        a[d] += field(DOF_DAMPING, d) * w[d] * T(timestep);
+        G[d * dofs + d] = M[d * dofs + d];
+        for (int k = above_first[d]; k < above_first[d + 1]; ++k) G[d * dofs + above[k]] = M[d * dofs + above[k]];
+    }
+    factor(G, above, above_first);
+    solve(G, a, above, above_first);
+};
 auto at_state = [&]() APART {  // all that depends on the position and velocity
     origin = none;
     pose[0] = {none, {real(V(T(1))), zero, zero}, {zero, real(V(T(1))), zero}, {zero, zero, real(V(T(1)))}};
@@ -236,6 +250,7 @@ auto at_state = [&]() APART {  // all that depends on the position and velocity
     bias[0] = {none, {-field(GRAVITY, 0), -field(GRAVITY, 1), -field(GRAVITY, 2)}};
     along_velocity();
     inertia_matrix(M);
+    if (!slot[12 * ACCELERATION]) of_advance();
 };
 auto at_acceleration = [&]() APART {
     along(rate, a);
@@ -291,9 +306,6 @@ for (; i < end; i += W) {
 _PULL = """
 for (; i < end; i += W) {
     n = end - i < W ? end - i : W;
-    for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s)
-        if (wanted[s])
-            for (int c = 0; c < slot_length[s]; ++c) gains[slot_first[s] + c] = zero;
     at_state();
     at_acceleration();
     if (DUAL && implicit) {  // the tangent of a, which the given one lacks
@@ -301,32 +313,41 @@ for (; i < end; i += W) {
         for (int d = 0; d < dofs; ++d) a[d] = number(value_of(a[d]), value_of(lam[d]));
         at_acceleration();
     }
-    all(COTANGENT, lam);
     if (implicit) {
         all(ADVANCE, w);
-        for (int d = 0; d < dofs; ++d) { mu[d] = lam[d]; z[d] = a[d] - w[d]; }
+        for (int d = 0; d < dofs; ++d) z[d] = a[d] - w[d];
         damped();
-        solve(G, mu, above, above_first);
-        times(M, mu, lam);
-        along(pushed, mu);
         along(rest, z);
     }
-    for (int d = 0; d < dofs; ++d) lam[d] = -lam[d];
-    solve(H, lam, list, first);
-    along(virtually, lam);
-    body_gradients();
-    for (int k = 0; k < contacts; ++k)
-        if (active[k]) contact_gradient(k);
-    joint_gradients();
-    for (int k = 0; k < limits; ++k) { limit_gradient(k, 0); limit_gradient(k, 1); }
-    law_gradients();
-    for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s) {
-        const long long* out = slot + 12 * s;
-        if (!out[6] && !out[9]) continue;
-        for (int c = 0; c < slot_length[s]; ++c) {
-            const N x = gains[slot_first[s] + c];
-            if (out[6]) keep(out[6] + c * out[8], out[7], tangent_of(x));
-            if (out[9]) keep(out[9] + c * out[11], out[10], value_of(x));
+    for (int column = 0; column < cotangents; ++column) {  // of one state
+        for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s)
+            if (wanted[s])
+                for (int c = 0; c < slot_length[s]; ++c) gains[slot_first[s] + c] = zero;
+        for (int d = 0; d < dofs; ++d) lam[d] = field(COTANGENT, column * dofs + d);
+        if (implicit) {
+            for (int d = 0; d < dofs; ++d) mu[d] = lam[d];
+            solve(G, mu, above, above_first);
+            times(M, mu, lam);
+            along(pushed, mu);
+        }
+        for (int d = 0; d < dofs; ++d) lam[d] = -lam[d];
+        solve(H, lam, list, first);
+        along(virtually, lam);
+        body_gradients();
+        for (int k = 0; k < contacts; ++k)
+            if (active[k]) contact_gradient(k);
+        joint_gradients();
+        for (int k = 0; k < limits; ++k) { limit_gradient(k, 0); limit_gradient(k, 1); }
+        law_gradients();
+        for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s) {
+            const long long* out = slot + 12 * s;
+            if (!out[6] && !out[9]) continue;
+            for (int c = 0; c < slot_length[s]; ++c) {
+                const N x = gains[slot_first[s] + c];
+                const int at = column * slot_length[s] + c;
+                if (out[6]) keep(out[6] + at * out[8], out[7], tangent_of(x));
+                if (out[9]) keep(out[9] + at * out[11], out[10], value_of(x));
+            }
         }
     }
 }

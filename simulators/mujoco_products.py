@@ -64,6 +64,11 @@ class KernelProducts:
     second: Callable[[tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors], Wanted], tuple[Tensors, Tensor]]
 
 
+Cotangents = Callable[[Tensors, Tensors, Tensor, Wanted], tuple[Tensors, Tensor]]
+"""x, y, g `[C, K, nv]` of w, wanted -> J' g of the wanted inputs `[C, K, length]`, and the mask of `KernelProducts`;
+y may be (w,) alone"""
+
+
 @dataclass(frozen=True, eq=False)
 class _Point:
     """One batch of converged states with the factors of A."""

@@ -22,9 +22,10 @@ from torch.func import jvp
 
 from sim2real.mdp import ForwardSensitivity
 from sim2real.params import Params
-from sim2real.simulators.mujoco_products import STATE
+from sim2real.simulators.mujoco_products import STATE, Cotangents
 from sim2real.simulators.mujoco_step import StepSettings, to_engine
 from sim2real.simulators.mujoco_system import MujocoSystem
+from sim2real.simulators.warp_functions import Tensors, Wanted
 
 Step = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 Path = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -67,15 +68,17 @@ def _sensitivities(
         force = settings.force_std * noise.flatten(0, 1)[:, :nv]
     moved = None if d_actions is None else d_actions.flatten(0, 1)
     h, q, v = float(system.structure.model.opt.timestep), flat[:, :nv], flat[:, nv:]
-    A, B = None, None
-    for _ in range(settings.frame_skip):
+    # one engine step a time step: the states say what w was
+    known = (states[1:].flatten(0, 1)[:, nv:] - v) / h if settings.frame_skip == 1 else None
+    A, B = flat.new_empty(0), flat.new_empty(0)
+    for index in range(settings.frame_skip):
         given = (q, torch.zeros_like(v), v, v.new_zeros(len(v), 0), actions.flatten(0, 1), force)
-        w, by_q, by_v, by_p = _linearised(system, (*given, *(fields[name] for name in system.names)), slopes, moved)
+        x = (*given, *(fields[name] for name in system.names))
+        w, by_q, by_v, by_p = _linearised(system, x, slopes, moved, known)
         a, b = _euler_matrices(by_q, by_v, by_p, h)
-        A, B = (a, b) if A is None or B is None else (a @ A, a @ B + b)
+        A, B = (a, b) if index == 0 else (a @ A, a @ B + b)
         v = v + h * w
         q = q + h * v
-    assert A is not None and B is not None  # noqa: PT018  frame_skip is at least 1
     return _through_time(A.unflatten(0, (T, W)), B.unflatten(0, (T, W)), rows)
 
 
@@ -96,58 +99,70 @@ def _field_slopes(system: MujocoSystem, settings: StepSettings, theta: Params, f
 
 
 def _linearised(
-    system: MujocoSystem, x: tuple[Tensor, ...], slopes: Sequence[Tensor], moved: Tensor | None
+    system: MujocoSystem, x: Tensors, slopes: Sequence[Tensor], moved: Tensor | None, known: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w `[M, nv]` and its derivatives by q, v `[M, nv, nv]` and by the parameters (and along d_action) `[M, nv, d]`."""
-    (M, nv), program = x[0].shape, system.program
-    y = program.value(x)
+    M, nv = x[1].shape
     wanted = (False, True, True, False, moved is not None, False, *(True for _ in slopes))
-    parts: list[tuple[Tensor, ...]] = []
+    w, found = known, None
+    if system.cotangents is not None and known is not None:
+        found = _shared(system.cotangents, x, (known,), wanted)
+    if w is None or found is None:
+        y = system.program.value(x)
+        w = y[0]
+        found = None if system.cotangents is None else _shared(system.cotangents, x, y, wanted)
+        found = _repeated(system.program.pull, x, y, wanted) if found is None else found
+    by_q, by_v, *more = found
+    # samples are side by side in memory: [nv, length, M] is the quick order
+    columns = [slope.mT @ grad.permute(1, 2, 0) for grad, slope in zip(more[-len(slopes) :], slopes, strict=True)]
+    by_p = [torch.stack(columns).sum(0).permute(2, 0, 1)] if columns else []
+    if moved is not None:
+        by_p.append(more[0] @ moved.unsqueeze(-1))
+    return w, by_q, by_v, torch.cat(by_p, -1) if by_p else by_q.new_zeros(M, nv, 0)
+
+
+def _shared(cotangents: Cotangents, x: Tensors, y: Tensors, wanted: Wanted) -> Tensors | None:
+    """J' of the wanted inputs `[M, nv, length]` in one pass; None where the kernels miss contacts of a state."""
+    M, nv = y[0].shape
+    found, covered = cotangents(x, y, torch.eye(nv, dtype=torch.float64).expand(M, nv, nv), wanted)
+    return found if bool(covered.all()) else None
+
+
+def _repeated(pull: Callable[..., Tensors], x: Tensors, y: Tensors, wanted: Wanted) -> list[Tensor]:
+    """The same by one copy of each state for each cotangent."""
+    M, nv = y[0].shape
+    parts: list[Tensors] = []
     for first in range(0, M, max(COPIES // nv, 1)):
         part = slice(first, first + max(COPIES // nv, 1))
-        count = len(x[0][part])
+        count = len(y[0][part])
         # components side by side in memory, as the kernels read them
-        many = lambda t, part=part: t if len(t) == 1 else t[part].mT.repeat(1, nv).mT
+        many = lambda t, part=part: t[part].mT.repeat(1, nv).mT
         g = torch.eye(nv, dtype=torch.float64).repeat_interleave(count, 1).mT
         state, rest = x[: len(STATE)], x[len(STATE) :]
         big = (*(many(t) if t.shape[1] else t.new_zeros(count * nv, 0) for t in state), *rest)
-        grads = program.pull(big, tuple(many(t) for t in y), (g, torch.zeros_like(g)), wanted)
+        grads = pull(big, tuple(many(t) for t in y), (g, torch.zeros_like(g)), wanted)
         parts.append(tuple(grad.reshape(nv, count, -1).transpose(0, 1) for grad in grads))
-    by_q, by_v, *more = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    columns = (
-        [sum_of([grad @ slope for grad, slope in zip(more[-len(slopes) :], slopes, strict=True)])] if slopes else []
-    )
-    if moved is not None:
-        columns.append(more[0] @ moved.unsqueeze(-1))
-    by_p = torch.cat(columns, -1) if columns else by_q.new_zeros(M, nv, 0)
-    return y[0], by_q, by_v, by_p
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 def _euler_matrices(by_q: Tensor, by_v: Tensor, by_p: Tensor, h: float) -> tuple[Tensor, Tensor]:
-    one = torch.eye(by_q.shape[-1], dtype=by_q.dtype)
-    speed_q, speed_v, speed_p = h * by_q, one + h * by_v, h * by_p
-    upper, lower = torch.cat([one + h * speed_q, h * speed_v], -1), torch.cat([speed_q, speed_v], -1)
-    return torch.cat([upper, lower], -2), torch.cat([h * speed_p, speed_p], -2)
+    """A `[M, 2 nv, 2 nv]` and B `[M, 2 nv, d]` of the module's first equations."""
+    M, nv, d = by_p.shape
+    A, B = by_q.new_empty(M, 2 * nv, 2 * nv), by_q.new_empty(M, 2 * nv, d)
+    A[:, nv:, :nv], A[:, nv:, nv:], B[:, nv:] = h * by_q, h * by_v, h * by_p
+    A[:, nv:, nv:].diagonal(dim1=1, dim2=2).add_(1.0)
+    A[:, :nv], B[:, :nv] = h * A[:, nv:], h * B[:, nv:]
+    A[:, :nv, :nv].diagonal(dim1=1, dim2=2).add_(1.0)
+    return A, B
 
 
 def _through_time(A: Tensor, B: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(S, Phi) at `rows`: both are columns of one matrix, one product a step."""
     T, W, n, d = B.shape
-    source = torch.cat([B, B.new_zeros(T, W, n, n)], -1).numpy()
-    carried = torch.cat([B.new_zeros(W, n, d), torch.eye(n, dtype=B.dtype).expand(W, n, n)], -1).numpy()
-    kept, wanted, steps = {0: carried}, set(rows), A.numpy()
+    carried, steps, sources = np.zeros((T + 1, W, n, d + n)), A.numpy(), B.numpy()
+    carried[0, :, :, d:] = np.eye(n)
     for t in range(T):  # numpy: half the cost of a call, and there are many small ones
-        carried = np.matmul(steps[t], carried)
-        carried += source[t]
-        if t + 1 in wanted:
-            kept[t + 1] = carried
-    found = torch.from_numpy(np.stack([kept[row] for row in rows]))
+        np.matmul(steps[t], carried[t], out=carried[t + 1])
+        carried[t + 1, :, :, :d] += sources[t]
+    found = torch.from_numpy(carried[list(rows)])
     return found[..., :d], found[..., d:]

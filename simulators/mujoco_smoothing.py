@@ -65,7 +65,7 @@ def smoothed_system(
     if smoothing.forward:
         return soft
     hard = build(model)
-    return replace(hard, program=_straight_through(hard.program, soft.program))
+    return replace(hard, program=_straight_through(hard.program, soft.program), cotangents=None)
 
 
 def _straight_through(hard: Program, soft: Program) -> Program:

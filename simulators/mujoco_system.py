@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from sim2real.params import Params
-from sim2real.simulators.mujoco_acceleration import Backend, acceleration_program, check_residual
+from sim2real.simulators.mujoco_acceleration import (
+    Backend,
+    acceleration_program,
+    check_residual,
+    cotangent_kernels,
+)
 from sim2real.simulators.mujoco_forward import Kind, Roll, engine_rollout, integration
 from sim2real.simulators.mujoco_integrators import (
     Activations,
@@ -23,6 +28,7 @@ from sim2real.simulators.mujoco_integrators import (
     tangent,
 )
 from sim2real.simulators.mujoco_kinematics import Poses, poses
+from sim2real.simulators.mujoco_products import Cotangents
 from sim2real.simulators.mujoco_structure import Structure, check_fields, nominal_fields, structure
 from sim2real.simulators.warp_functions import Program, evaluate
 
@@ -50,6 +56,8 @@ class MujocoSystem:
     """many engine steps at once, without derivatives"""
     check: Callable[[Tensor], None]
     """warns of solver residuals, or raises"""
+    cotangents: Cotangents | None = None
+    """the program's reverse products, many for each state, where kernels have them"""
 
 
 def mujoco_system(
@@ -84,6 +92,7 @@ def mujoco_system(
         dynprm=nominal_fields(tables)["actuator_dynprm"],
         roll=engine_rollout(tables.model, names, threads=threads),
         check=partial(check_residual, tolerance=tolerance, strict=strict),
+        cotangents=cotangent_kernels(tables, names, kind, backend),
     )
 
 

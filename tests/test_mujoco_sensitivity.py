@@ -1,6 +1,7 @@
 """The engine's own sensitivities against the general chain of steps; parameters that reach nothing are named."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,18 +53,24 @@ def path(mdp: ModelMDP, windows: int = 3, steps: int = 12) -> tuple[Params, torc
 
 
 @pytest.mark.parametrize(
-    ("frame_skip", "force_std", "weights"), [(1, None, "frozen"), (3, 0.2, "frozen"), (1, None, "moving")]
+    ("frame_skip", "force_std", "weights", "backend"),
+    [
+        (1, None, "moving", "torch"),
+        (3, 0.2, "frozen", "torch"),
+        (1, None, "frozen", "auto"),
+        (2, 0.2, "moving", "auto"),
+    ],
 )
 def test_sensitivities_equal_those_of_the_chain_of_steps(
-    frame_skip: int, force_std: float | None, weights: str
+    frame_skip: int, force_std: float | None, weights: Any, backend: Any
 ) -> None:
-    mdp = mujoco_model(
-        CART, THETA, no_reward, frame_skip=frame_skip, force_std=force_std, weights=weights, initial_std=1.0,
-        backend="torch",
-    )  # type: ignore[call-overload,unused-ignore]  # fmt: skip
+    given = {"frame_skip": frame_skip, "force_std": force_std, "weights": weights, "initial_std": 1.0}
+    mdp = mujoco_model(CART, THETA, no_reward, backend=backend, **given)
+    assert (mdp.step.args[0].cotangents is not None) == (backend == "auto")
     theta, states, actions, noise = path(mdp)
     assert mdp.sensitivity is not None
-    general = replace(mdp, sensitivity=None)
+    reference = mujoco_model(CART, THETA, no_reward, backend="torch", **given)
+    general = replace(reference, sensitivity=None)
     rows, free = (0, 5, 12), ["pole.mass", "damping", "push.gear", "gravity.z", "floor.friction.slide"]
     for along in (None, torch.ones_like(actions)):
         ours = roll_sensitivities(mdp, theta, free, (states, actions, noise), rows, along)

@@ -3,7 +3,7 @@
 A step's derivative holds within one active set: the contacts that push, their friction zones (sticking, sliding), the
 limits that act, dry friction that holds or slips. Where the set changes, the derivative is one-sided; a gradient
 through many changes describes an ever smaller neighbourhood. `rollout_report` counts them, with the solver's residual.
-It judges the start of each engine step (the first stage of RK4), one by one, at some 50 us each.
+It judges the start of each engine step (the first stage of RK4), one by one, at some 100 us each.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
-from sim2real.simulators.mujoco_forward import accelerate, write_fields
+from sim2real.simulators.mujoco_forward import SimulationDivergedError, write_fields
 from sim2real.simulators.mujoco_messages import engine_messages
+from sim2real.simulators.mujoco_parameters import DELAY
 from sim2real.simulators.mujoco_step import StepSettings, control_step, engine_inputs, to_engine
-from sim2real.simulators.mujoco_system import MujocoSystem, State, advance
+from sim2real.simulators.mujoco_system import MujocoSystem, split_state
 
 _ROW = mujoco.mjtConstraint
 _FRICTION = (int(_ROW.mjCNSTR_FRICTION_DOF), int(_ROW.mjCNSTR_FRICTION_TENDON))
@@ -57,34 +58,30 @@ def rollout_report(
     Raises `ValueError` for another model, or one whose step was replaced.
     """
     system, settings = _parts(mdp)
-    engine = accelerate(system.structure.model, system.names, system.kind)
-    scratch = _Scratch(copy.copy(system.structure.model), mujoco.MjData(system.structure.model))
-    before: list[bytes] = []
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    theta = {key: value.detach() for key, value in theta.items()}
+    count, steps = actions.shape[:2]
+    theta = {key: to_engine(value.detach()) for key, value in theta.items()}
+    each = {k: v.repeat_interleave(steps, 0) if k == DELAY and v.ndim else v for k, v in theta.items()}
+    rows = [to_engine(x[:, :steps].detach()).flatten(0, 1) for x in (states, actions, noise)]
     with torch.no_grad(), engine_messages():
-        for t in range(actions.shape[1]):
-            inputs = engine_inputs(
-                system, settings, theta, *(to_engine(x[:, t].detach()) for x in (states, actions, noise))
-            )
-            now, residual, active, switches = inputs.state, [], [], []
-            for control in inputs.controls:
-                residual.append(engine((*now, control, inputs.force), inputs.fields)[2])
-                sets = _active_sets(scratch, inputs.fields, now, control, inputs.force)
-                active.append(torch.tensor([size for size, _ in sets]))
-                names = [name for _, name in sets]
-                switches.append(torch.tensor([a != b for a, b in zip(before or names, names, strict=True)]))
-                before = names
-                now = advance(system, inputs.fields, now, control, inputs.force)
-            columns.append((torch.stack(residual).amax(0), torch.stack(active).amax(0), torch.stack(switches).sum(0)))
-    residuals, actives, changes = (torch.stack(column, 1) for column in zip(*columns, strict=True))
-    return MujocoReport(residuals, residuals > tolerance, actives, changes)
-
-
-@dataclass(frozen=True, eq=False)
-class _Scratch:
-    model: mujoco.MjModel
-    data: mujoco.MjData
+        inputs = engine_inputs(system, settings, each, *rows)
+        fields = {key: v.repeat_interleave(steps, 0) if len(v) > 1 else v for key, v in inputs.fields.items()}
+        controls = torch.stack(inputs.controls, 1)
+        force = inputs.force.unsqueeze(1).expand(-1, controls.shape[1], -1)
+        found = system.roll(inputs.state, controls, force, fields)
+        if found is None:
+            raise SimulationDivergedError("the engine could not take these steps: check that the states are finite")
+        after, residual = found
+        passed = torch.cat([torch.cat(inputs.state, -1).unsqueeze(1), after[:, :-1]], 1)  # [B T, frame_skip, n]
+        sets = _active_sets(system.structure.model, fields, passed, controls, force)
+    active, names = (np.array(column).reshape(count, -1) for column in zip(*sets, strict=True))
+    switched = np.concatenate([np.zeros((count, 1), dtype=bool), names[:, 1:] != names[:, :-1]], 1)
+    worst = residual.amax(1).reshape(count, steps)
+    return MujocoReport(
+        residual=worst,
+        flagged=worst > tolerance,
+        active=torch.from_numpy(active).reshape(count, steps, -1).amax(-1),
+        switches=torch.from_numpy(switched).reshape(count, steps, -1).sum(-1),
+    )
 
 
 def _parts(mdp: ModelMDP) -> tuple[MujocoSystem, StepSettings]:
@@ -95,22 +92,26 @@ def _parts(mdp: ModelMDP) -> tuple[MujocoSystem, StepSettings]:
 
 
 def _active_sets(
-    scratch: _Scratch, fields: Mapping[str, Tensor], state: State, control: Tensor, force: Tensor
-) -> list[tuple[int, bytes]]:
-    """Number of rows in force, and a name of the active set, for each environment."""
-    model, data = scratch.model, scratch.data
-    arrays = [x.numpy() for x in (*state, control, force)]
+    model: mujoco.MjModel, fields: Mapping[str, Tensor], states: Tensor, controls: Tensor, force: Tensor
+) -> list[tuple[int, int]]:
+    """Number of rows in force, and a number for the active set, at states `[N, frame_skip, n]`, in their order."""
+    model = copy.copy(model)
+    data = mujoco.MjData(model)
+    arrays = [x.numpy() for x in (*split_state(model, states), controls, force)]
+    targets = (data.qpos, data.qvel, data.act, data.ctrl, data.qfrc_applied)
     given = {name: value.numpy() for name, value in fields.items()}
-    shared = all(len(value) == 1 for value in given.values())
+    alone = {name for name, value in given.items() if len(value) > 1}
+    write_fields(model, {name: value[0] for name, value in given.items()})
+    known: dict[bytes, int] = {}
     found = []
-    for row in range(len(arrays[0])):
-        if given and (row == 0 or not shared):
-            write_fields(model, {name: value[row if len(value) > 1 else 0] for name, value in given.items()})
-        targets = (data.qpos, data.qvel, data.act, data.ctrl, data.qfrc_applied)
+    for row, skip in np.ndindex(*controls.shape[:2]):
+        if skip == 0 and alone:
+            write_fields(model, {name: given[name][row] for name in alone})
         for target, array in zip(targets, arrays, strict=True):
-            target[:] = array[row]
+            target[:] = array[row, skip]
         mujoco.mj_forward(model, data)
-        found.append(_active_set(model, data))
+        size, name = _active_set(model, data)
+        found.append((size, known.setdefault(name, len(known))))
     return found
 
 

@@ -67,7 +67,8 @@ def control_step(
     if settings.guard is not None:
         s = _Guarded.apply(settings.guard, s)
     if settings.truncation is not None:
-        s = torch.where(s[..., -1:] % settings.truncation == 0, s.detach(), s)
+        steps = s[..., -1:]
+        s = torch.where((steps > 0.0) & (steps % settings.truncation == 0.0), s.detach(), s)
     inputs = engine_inputs(system, settings, theta, s, to_engine(action), to_engine(e))
     now = inputs.state
     for control in inputs.controls:

@@ -384,11 +384,17 @@ def test_truncation_cuts_the_past_and_counts_steps() -> None:
     assert mdp.names["state"][-1] == "steps"
     actions, e = 0.3 * _normal(2, 5, 1), torch.zeros(2, 5, 0, dtype=torch.float64)
     assert mdp.open_loop is not None
-    last = lambda actions, open_loop=mdp.open_loop: open_loop(theta, state, actions, e)[:, -1]
+    open_loop = mdp.open_loop
+    last = lambda actions: open_loop(theta, state, actions, e)[:, -1]
     assert bool((last(actions)[:, -1] == 5.0).all())
     slope = grad(lambda actions: last(actions)[:, :-1].square().sum())(actions)
     assert slope[:, :3].abs().max() == 0.0
     assert slope[:, 3:].abs().min() > 0.0
+    by_start = lambda steps: grad(lambda s: open_loop(theta, s, actions[:, :steps], e[:, :steps])[:, -1, 0].sum())(
+        state
+    )
+    assert by_start(3).abs().max() > 0.0
+    assert by_start(4).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("mode", ["scale", "drop"])

@@ -2,7 +2,8 @@
 
 `b-oracle` (here): the exact hypergradients of the four tasks against central differences (extrapolated once), and the
 processor time of one gradient. `b-theorems`: `theorems.py`. `b-thermal-*`, `b-blackbox`, `b-siblings`: `thermal.py`.
-`b-rooms-*`, `b-suboptimal`: `rooms.py`. `b-game`, `b-lqr-game`: `games.py`. `b-tuning`: `tuning_routes.py`.
+`b-rooms-*`, `b-suboptimal`: `rooms.py`. `b-game`, `b-lqr-game`: `games.py`. `b-tuning`: `tuning_routes.py`. `b-sac`:
+`learned_follower.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, main
 from benchmarks.games import b_game, b_lqr_game
+from benchmarks.learned_follower import b_sac
 from benchmarks.oracles import building_thermal, discrete_game, four_rooms, lqr_game
 from benchmarks.rooms import b_rooms_gradient, b_rooms_return, b_suboptimal
 from benchmarks.theorems import b_theorems
@@ -90,5 +92,6 @@ if __name__ == "__main__":
             "b-game": b_game,
             "b-lqr-game": b_lqr_game,
             "b-tuning": b_tuning,
+            "b-sac": b_sac,
         }
     )

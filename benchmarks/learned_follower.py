@@ -2,8 +2,9 @@
 
 The arm of `simulators/spring_arm.py`, stepped by Warp, at its first design, temperature 0.1; gradients by the relative
 change of spring, damping and gear. The leader knows the arm that it builds (pathwise sources, mean next state), its own
-reward, 10 000 transitions, the follower's policy and the soft value of the follower's critics; its own value is least
-squares on quartics of the state. Statistics are over trainings of the follower from new networks.
+reward, 10 000 transitions (400 episodes), the follower's policy and the soft value of the follower's critics; its own
+value is least squares on monomials of the state, to degree 4, or 2 for the linear arm. Statistics are over trainings of
+the follower from new networks.
 
     linear-K-cosine    phi for sin(phi): cosine with the exact gradient (soft LQR, second moments) after K updates of
                        the follower; -low, -high: 95 % bounds of its mean; -error: relative, root mean square
@@ -24,6 +25,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,14 +89,14 @@ def exact_follower() -> SoftLQR:
 
 def observe(task: LeaderTask, policy: Policy, nu: Params, seed: int) -> Transitions:
     """10 000 transitions with the leader's rewards."""
-    noise = sample_noise(task.follower, policy, 100, 100, torch.Generator().manual_seed(seed))
+    noise = sample_noise(task.follower, policy, 400, 25, torch.Generator().manual_seed(seed))
     data = transitions(rollout(task.follower, policy, THETA, nu, noise))
     return replace(data, rewards=task.reward(THETA, data.states, data.actions, data.next_states))
 
 
-def quartics(states: Tensor) -> Tensor:
+def monomials(states: Tensor, degree: int) -> Tensor:
     angle, speed = states[:, 0], 0.5 * states[:, 1]
-    return torch.stack([angle**i * speed**j for i in range(5) for j in range(5 - i)], -1)
+    return torch.stack([angle**i * speed**j for i in range(degree + 1) for j in range(degree + 1 - i)], -1)
 
 
 def hypergradient(
@@ -104,14 +106,15 @@ def hypergradient(
     soft_value: Callable[[Tensor], Tensor],
     seed: int,
     *,
+    degree: int,
     naive: bool = False,
 ) -> Tensor:
     """`[3]`, by relative changes."""
     data = observe(task, policy, nu, seed)
     critics = CriticOptions(
         kind="state",
-        value_features=quartics,
-        row_weights=inverse_noise_weights(data.states, floor=0.05),
+        value_features=partial(monomials, degree=degree),
+        row_weights=inverse_noise_weights(data.states, floor=0.5),
         next_state=lambda s, a: task.follower.step(THETA, s, a, s.new_zeros(len(s), 1)),
     )
     method = naive_leader_gradient if naive else boltzmann_covariance_gradient
@@ -136,13 +139,13 @@ def linear_figures(seeds: int, lengths: Sequence[int]) -> Iterator[Figure]:
     task, best = task_of(linear=True), exact_follower()
     exact = torch.from_numpy(oracle.gradient(oracle.prepare(linear=True), DESIGN, TEMPERATURE))
     known = lambda s: -((s @ best.cost_matrix) * s).sum(-1) - best.offset
-    found = [hypergradient(task, linear_noise_policy(1), best.nu, known, seed) for seed in range(seeds)]
+    found = [hypergradient(task, linear_noise_policy(1), best.nu, known, seed, degree=2) for seed in range(seeds)]
     yield from compared("linear-formula", found, exact)
     for updates in lengths:
         found, nats = [], []
         for seed in range(seeds):
             follower = train(task, THETA, seed, updates)
-            found.append(hypergradient(task, follower.policy, follower.nu, follower.soft_value, seed))
+            found.append(hypergradient(task, follower.policy, follower.nu, follower.soft_value, seed, degree=2))
             nats.append(follower.report.residual)
         yield from compared(f"linear-{updates}", found, exact)
         yield Figure(f"linear-{updates}-nats", statistics.median(nats), "nats", seeds)
@@ -156,8 +159,8 @@ def arm_figures(seeds: int, updates: int) -> Iterator[Figure]:
     for seed in range(seeds):
         follower = train(task, THETA, seed, updates)
         args = (task, follower.policy, follower.nu, follower.soft_value, seed)
-        found.append(hypergradient(*args))
-        naive.append(hypergradient(*args, naive=True))
+        found.append(hypergradient(*args, degree=4))
+        naive.append(hypergradient(*args, degree=4, naive=True))
     yield from compared(f"arm-{updates}", found, exact)
     yield from compared("arm-naive", naive, exact)
 
@@ -170,30 +173,29 @@ def judged(task: LeaderTask, theta: Params, follower: LearnedFollower) -> float:
     return float(discounted_return(task.reward(theta, *flat).reshape(run.rewards.shape), task.discount).mean())
 
 
+def slopes(key: str, seeds: int, updates: int, change: float) -> tuple[list[float], float]:
+    """Of the leader's return along the log of one parameter: with followers trained anew, and exact at that width."""
+    task, arm = task_of(linear=False), oracle.prepare()
+    sides = [THETA | {key: THETA[key] * math.exp(sign * change)} for sign in (1, -1)]
+    found = []
+    for seed in range(seeds):
+        above, below = (judged(task, theta, train(task, theta, seed, updates)) for theta in sides)
+        found.append((above - below) / (2 * change))
+    designs = [np.array([float(value) for value in theta.values()]) for theta in sides]
+    above, below = (oracle.leader_return(arm, design, TEMPERATURE) for design in designs)
+    return found, (above - below) / (2 * change)
+
+
 def difference_figures(seeds: int, updates: int, *, change: float = 0.25) -> Iterator[Figure]:
     """Followers trained anew on both sides."""
-    task, arm = task_of(linear=False), oracle.prepare()
-    exact = torch.from_numpy(oracle.gradient(arm, DESIGN, TEMPERATURE))
+    exact = torch.from_numpy(oracle.gradient(oracle.prepare(), DESIGN, TEMPERATURE))
     means = []
-    for axis, key in enumerate(THETA):
-        sides = [THETA | {key: THETA[key] * math.exp(sign * change)} for sign in (1, -1)]
-        slopes = []
-        for seed in range(seeds):
-            above, below = (judged(task, theta, train(task, theta, seed, updates)) for theta in sides)
-            slopes.append((above - below) / (2 * change))
-        means.append(statistics.mean(slopes))
-        margin = float(student.ppf(0.975, seeds - 1)) * statistics.stdev(slopes) / math.sqrt(seeds)
-        values = [
-            oracle.leader_return(arm, DESIGN * np.exp(s * change * np.eye(3)[axis]), TEMPERATURE) for s in (1, -1)
-        ]
+    for key in THETA:
+        found, expected = slopes(key, seeds, updates, change)
+        means.append(statistics.mean(found))
+        margin = float(student.ppf(0.975, seeds - 1)) * statistics.stdev(found) / math.sqrt(seeds)
         for label, value in (("", 0.0), ("-low", -margin), ("-high", margin)):
-            yield Figure(
-                f"arm-differences-{key}{label}",
-                means[-1] + value,
-                "return",
-                seeds,
-                (values[0] - values[1]) / (2 * change),
-            )
+            yield Figure(f"arm-differences-{key}{label}", means[-1] + value, "return", seeds, expected)
     cosine = torch.nn.functional.cosine_similarity(torch.tensor(means, dtype=torch.float64), exact, dim=0)
     yield Figure("arm-differences-cosine", float(cosine), "cosine", 6 * seeds)
 
@@ -204,9 +206,9 @@ def b_sac(quick: bool) -> Iterator[Figure]:
         if importlib.util.find_spec(module) is None:
             raise MissingError(f'{module} is not installed: pip install "sim2real[rl,warp]"')
     seeds = 2 if quick else 6
-    yield from linear_figures(seeds, (300, 1000) if quick else (300, 1000, 3000))
-    yield from arm_figures(seeds, 1000 if quick else 3000)
-    yield from difference_figures(2 if quick else 4, 300 if quick else 2000)
+    yield from linear_figures(seeds, (300, 1000) if quick else (300, 1000, 2000))
+    yield from arm_figures(seeds, 1000 if quick else 2000)
+    yield from difference_figures(2 if quick else 4, 300 if quick else 1500)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ reward function, the follower's policy and soft value; critics are least squares
     features-cosine    100 random SiLU units of s, no quadratic among them
     mlp-cosine         the hidden layer of a network trained on returns, output layer by least squares
     single-cosine, taken-cosine, unweighted-cosine    what other choices give
+    ms, separate-ms    one Bellman operator for Q_L and G, and one each (for a follower's discount that differs in the
+                       twelfth digit): processor time of a gradient
 
 `b-blackbox`: the follower unknown; policy by maximum likelihood, soft value from the same transitions.
-`b-siblings`: the naive gradient, HPGD and SoBiRL on the same transitions and features.
+`b-siblings`: the naive gradient, HPGD ("oracle": values from 10 000 further transitions) and SoBiRL on the same
+transitions and features.
 `b-thermal-return`: exact J after 80 and 300 iterations of 10 000 fresh transitions, Adam 0.3, worst of 5 seeds.
 """
 
@@ -194,6 +197,24 @@ def b_thermal_gradient(quick: bool) -> Iterator[Figure]:
         mean, rmse, _ = study(choice, repeats)
         yield Figure(f"{name}-cosine", mean, "cosine", repeats)
         yield Figure(f"{name}-rmse", rmse, "relative", repeats)
+    yield from operator_figures(repeats)
+
+
+def operator_figures(repeats: int) -> Iterator[Figure]:
+    """Median processor time of a gradient that shares the critics' operator, and of one that does not."""
+    theta = {key: torch.zeros(4, dtype=torch.float64) for key in ("insulation", "airflow")}
+    best = respond(theta)
+    data, follower_rewards = observe(theta, best, 0)
+    soft_value = lambda s: -((s @ best.cost_matrix) * s).sum(-1) - best.offset
+    options = {"temperature": 0.1, "soft_value": soft_value, "critics": weighted(data, follower_rewards, 0)}
+    separate = replace(TASK, follower=replace(TASK.follower, discount=0.9 - 1e-12))
+    for name, task in (("ms", TASK), ("separate-ms", separate)):
+        spent = []
+        for _ in range(repeats):
+            begin = time.process_time()
+            boltzmann_covariance_gradient(task, POLICY, theta, best.nu, data, **options)
+            spent.append(1e3 * (time.process_time() - begin))
+        yield Figure(name, statistics.median(spent), "ms of processor", repeats)
 
 
 def b_blackbox(quick: bool) -> Iterator[Figure]:
@@ -217,7 +238,8 @@ def sibling(name: str, theta: Params, seed: int) -> Params:
         return naive_leader_gradient(*args, **options).grad
     if name == "sobirl":
         return sobirl_gradient(*args, **options).grad
-    return hpgd_gradient(*args, **options, values="td" if name == "hpgd-td" else "monte_carlo").grad
+    other = observe(theta, best, 1000 + seed)[0] if name == "hpgd-oracle" else None
+    return hpgd_gradient(*args, **options, values="td" if name == "hpgd-td" else "monte_carlo", value_data=other).grad
 
 
 def b_siblings(quick: bool) -> Iterator[Figure]:
@@ -225,7 +247,7 @@ def b_siblings(quick: bool) -> Iterator[Figure]:
     repeats = 6 if quick else 30
     theta = {key: torch.zeros(4, dtype=torch.float64) for key in ("insulation", "airflow")}
     exact = torch.from_numpy(oracle.exact(np.zeros(8)).gradient)
-    for name in ("naive", "hpgd-mc", "hpgd-td", "sobirl"):
+    for name in ("naive", "hpgd-mc", "hpgd-td", "hpgd-oracle", "sobirl"):
         grads = [sibling(name, theta, seed) for seed in range(repeats)]
         found = torch.stack([ravel({key: grad[key] for key in theta}) for grad in grads])
         cosine = torch.nn.functional.cosine_similarity(found, exact.unsqueeze(0)).mean()

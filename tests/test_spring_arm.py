@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import learned_follower
+from benchmarks.bars import MissingError
 from benchmarks.oracles import spring_arm as oracle
 from sim2real import default_params, rollout, sample_noise
 from sim2real.estimators import CriticOptions, boltzmann_covariance_gradient, inverse_noise_weights, transitions
@@ -127,3 +129,19 @@ def test_leader_climbs_with_the_exact_follower():
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         spring_arm(**options)
+
+
+def test_cosines_come_with_their_bounds():
+    right, off = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.6, 0.8, 0.0])
+    figures = {figure.metric: figure.value for figure in learned_follower.compared("x", [right, off], right)}
+    assert figures["x-cosine"] == pytest.approx(0.8)
+    assert figures["x-cosine-worst"] == pytest.approx(0.6)
+    # t(0.975, 1) = 12.706, standard deviation 0.4 / sqrt(2)
+    assert figures["x-cosine-low"] == pytest.approx(0.8 - 12.706 * 0.4 / 2, abs=1e-3)
+    assert figures["x-error"] == pytest.approx(math.sqrt(0.8 / 2))
+
+
+def test_the_bar_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(learned_follower.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="torchrl is not installed"):
+        next(learned_follower.b_sac(True))

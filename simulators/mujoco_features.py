@@ -43,6 +43,8 @@ class GeomTable:
     """[ngeom, 3, 3] from geom to body"""
     hulls: dict[int, Array]
     """vertices [k, 3] of the convex hull of each mesh geom"""
+    triangles: dict[int, Index]
+    """[f, 3] into the vertices of the hull, of each mesh geom; empty where the model holds none"""
     pairs: dict[tuple[int, int], int]
     """explicit pairs, both orders"""
 
@@ -56,27 +58,34 @@ def geom_table(model: mujoco.MjModel) -> GeomTable:
     for k, (one, other) in enumerate(zip(model.pair_geom1.tolist(), model.pair_geom2.tolist(), strict=True)):
         pairs[one, other] = pairs[other, one] = k
     kind = model.geom_type.astype(np.int64)
+    hulls = {g: _hull(model, g) for g in np.flatnonzero(kind == MESH).tolist()}
     return GeomTable(
         kind=kind,
         size=model.geom_size.copy(),
         body=model.geom_bodyid.astype(np.int64),
         position=model.geom_pos.copy(),
         rotation=rotation.reshape(-1, 3, 3),
-        hulls={g: _hull(model, g) for g in np.flatnonzero(kind == MESH).tolist()},
+        hulls={g: hull[0] for g, hull in hulls.items()},
+        triangles={g: hull[1] for g, hull in hulls.items()},
         pairs=pairs,
     )
 
 
-def _hull(model: mujoco.MjModel, geom: int) -> Array:
+def _hull(model: mujoco.MjModel, geom: int) -> tuple[Array, Index]:
+    """Vertices and triangles of the convex hull of a mesh."""
     mesh = int(model.geom_dataid[geom])
     first, count = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
     vertices = model.mesh_vert[first : first + count].astype(float)
-    graph = int(model.mesh_graphadr[mesh])
-    if graph < 0:
-        return vertices
-    # the graph starts with the numbers of vertices and faces, the edge addresses, then the hull's vertices
-    number = int(model.mesh_graph[graph])
-    return vertices[model.mesh_graph[graph + 2 + number : graph + 2 + 2 * number]]
+    start = int(model.mesh_graphadr[mesh])
+    if start < 0:
+        return vertices, np.zeros((0, 3), dtype=np.int64)
+    # numbers of vertices v and faces f, edge addresses [v], the hull's vertices [v], edges [v + 3 f], faces [3 f]
+    v, f = (int(x) for x in model.mesh_graph[start : start + 2])
+    used = model.mesh_graph[start + 2 + v : start + 2 + 2 * v].astype(np.int64)
+    last = start + 2 + 3 * v + 3 * f
+    place = np.zeros(count, dtype=np.int64)
+    place[used] = np.arange(v)
+    return vertices[used], place[model.mesh_graph[last : last + 3 * f].reshape(-1, 3)]
 
 
 @dataclass(frozen=True, eq=False)

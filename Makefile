@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 EXPORTS := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup run test test-slow lint bench study-hdpo docs clean
+.PHONY: setup run test test-slow lint bench study-hpo study-hdpo study-mujoco docs clean
 
 setup: $(STAMP)
 
@@ -35,7 +35,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench,convex]"
-	for file in real_logs closed_loop sensitivity layers warp_rollouts mixed_gradients hypergradients inventory; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+	for file in real_logs closed_loop sensitivity layers warp_rollouts mixed_gradients hypergradients inventory mujoco_gradients; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+
+# Training of hybrid policies (HPO, branches, PPO), and through MuJoCo against PPO: resumable, hours; rows to
+# benchmarks/results/hpo.json and mujoco_training.json
+study-hpo study-mujoco: $(STAMP)
+	$(EXPORTS) $(BIN)/python benchmarks/$(subst -,_,$@).py $(ARGS)
 
 # Hindsight training on the published inventory instances: resumable, hours; rows to benchmarks/results/hdpo.json
 study-hdpo: $(STAMP)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sim2real.estimators.boltzmann_tables import leaves_of, pull
 from sim2real.estimators.leader_critic import bellman_operator, solve
+from sim2real.estimators.leader_view import CriticOptions
 from sim2real.estimators.transitions import Transitions, transitions
 from sim2real.leader_task import LeaderTask
 from sim2real.params import Estimate, Params
@@ -32,19 +33,23 @@ def bi_ac_gradient(
     nu: Params,
     data: Rollout | Transitions,
     *,
-    leader_actions: Tensor,
+    temperature: float,
+    soft_value: Callable[[Tensor], Tensor],
+    critics: CriticOptions | None = None,
     actions: Tensor,
-    features: Callable[[Tensor, Tensor], Tensor],
+    leader_actions: Tensor,
     sweeps: int = 200,
 ) -> Estimate:
-    """Actor direction in theta; `leader_actions [B, p]` and the follower's `actions [A, m]` list all of them.
+    """Actor direction in theta; arguments as in `stackelberg_gradient`, which it can replace.
 
-    `follower` at `nu` takes z = (s, b), `features` take z and a. `sweeps` of fitted iteration from 0.
+    `leader_actions [B, p]` and the follower's `actions [A, m]` list all of them. Of `critics` only the features of
+    (z, a), z = (s, b), are used; `temperature` and `soft_value` are not. `sweeps` of fitted iteration from 0.
     Raises `ValueError` for a task without a leader's action or sweeps below 1.
     """
     if task.leader_actions < 1 or sweeps < 1:
         raise ValueError(f"need leader_actions >= 1 and sweeps >= 1, got {task.leader_actions} and {sweeps}")
     batch = transitions(data)
+    features = critics.features if critics is not None else CriticOptions().features
     p = task.leader_actions
     b, a = batch.actions[:, :p].to(batch.states), batch.actions[:, p:].to(batch.states)
     phi = features(torch.cat([batch.states, b], -1), a)

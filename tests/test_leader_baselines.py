@@ -136,18 +136,18 @@ def test_bi_ac_and_theorem_2_in_a_game() -> None:
     args = (game_world(problem), leader_of(problem), table_policy(2), problem.theta, {"q": g.log()}, data)
     q_pair = lambda z: 2 * z[:, :1] + z[:, 1:]
     features = lambda z, a: one_hot(24)(3 * q_pair(z) + a)
-    found = stackelberg_gradient(
-        *args,
-        temperature=problem.temperature,
-        soft_value=lambda z: value[q_pair(z)[:, 0].long()],
-        critics=CriticOptions(features, lambda z: one_hot(8)(q_pair(z))),
-        actions=ACTIONS,
-    ).grad["x"]
+    options = {
+        "temperature": problem.temperature,
+        "soft_value": lambda z: value[q_pair(z)[:, 0].long()],
+        "critics": CriticOptions(features, lambda z: one_hot(8)(q_pair(z))),
+        "actions": ACTIONS,
+    }
+    found = stackelberg_gradient(*args, **options).grad["x"]
     exact = exact_gradient(problem, pairs(problem))
     assert float(torch.nn.functional.cosine_similarity(found, exact, dim=0)) > 0.95
     choices = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    other = bi_ac_gradient(*args, leader_actions=choices, actions=ACTIONS, features=features)
+    other = bi_ac_gradient(*args, **options, leader_actions=choices)
     assert bool(torch.isfinite(other.grad["x"]).all())
     assert float(other.grad["x"].norm()) > 0
     with pytest.raises(ValueError, match="sweeps"):
-        bi_ac_gradient(*args, leader_actions=choices, actions=ACTIONS, features=features, sweeps=0)
+        bi_ac_gradient(*args, **options, leader_actions=choices, sweeps=0)

@@ -329,6 +329,20 @@ def test_a_rollout_without_derivatives_is_one_call_of_the_engine(integrator: str
         mdp.open_loop(each, state, actions, e)
 
 
+def test_a_recomputed_rollout_has_second_derivatives() -> None:
+    mdp = _ball(segment=2)
+    theta, state, _, _ = _start(mdp, 1)
+    actions, e = (0.3 * _normal(1, 3, 1, seed=8)).requires_grad_(), torch.zeros(1, 3, 0, dtype=torch.float64)
+    assert mdp.open_loop is not None
+    open_loop = mdp.open_loop
+    loss = lambda actions: open_loop(theta, state, actions, e)[:, -1].square().sum()
+    along = _normal(1, 3, 1, seed=3)
+    (slope,) = torch.autograd.grad(loss(actions), actions, create_graph=True)
+    (second,) = torch.autograd.grad((slope * along).sum(), actions)
+    chained = jvp(grad(loss), (actions.detach(),), (along,))[1]  # torch.func takes the plain chain
+    torch.testing.assert_close(second, chained, rtol=1e-9, atol=1e-10)
+
+
 def test_estimators_take_the_model() -> None:
     """Pathwise gradients of a return, through contact and a terminal state, against differences of the return."""
     reward = lambda theta, s, a, e, following: following[:, 0] - 0.1 * a.square().sum(-1)

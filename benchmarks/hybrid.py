@@ -7,7 +7,7 @@ out, n is the number of seeds behind a figure. `--quick` trains one small instan
 
     N-M             gap to the exact optimum, mean over seeds (n of them); N-M-stderr over seeds
     ppo-ratio-N     gap of PPO after as many epochs, same networks, over that of HPO
-    branches-N-M    gap with counterfactual branches (8 steps of each rollout) after as many rollouts
+    branches-N-M    gap with counterfactual branches at every step, after as many rollouts
     same-periods-N-M, branches-same-periods-N-M
                     lowest gap on the development set within the same number of simulated periods, branches included:
                     that of the shorter of the two trainings

@@ -57,6 +57,8 @@ class Recipe:
     target_kl: float = 0.015
     buffer: int = 0
     """steps: choices and actions of the last, and all that happens in the first, teach nothing"""
+    cross_term: bool = True
+    """False: the choice is scored at detached states, exact where it is the best response and free of its noise"""
     branch_times: int = 20
     """steps of each batch at which branches start ("branches")"""
 
@@ -134,8 +136,10 @@ def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progre
         yield Progress(updates, periods, time.process_time() - start, learner.nu)
 
 
-def attached_rollout(task: HybridTask, learner: Learner, noise: Noise, tail: int) -> tuple[Rollout, Tensor]:
-    """A rollout and log pi of all choices `[B, T, K]`, both with derivatives.
+def attached_rollout(
+    task: HybridTask, learner: Learner, noise: Noise, *, tail: int = 0, cross_term: bool = True
+) -> tuple[Rollout, Tensor]:
+    """A rollout and log pi of all choices `[B, T, K]`, both with derivatives, the latter by the state if `cross_term`.
 
     In the last `tail` steps the weights are held fixed: what earlier actions cause there counts, but no action whose
     consequences the end cuts off (an order is paid when it arrives and of use only later).
@@ -152,6 +156,7 @@ def attached_rollout(task: HybridTask, learner: Learner, noise: Noise, tail: int
         last = paths[-1].states[:, -1]
         mdp = replace(mdp, initial_state=lambda theta, e, state=last: state)
         flat = paths[-1].states[:, :-1].flatten(0, 1)
+        flat = flat if cross_term else flat.detach()
         log_probs.append(policy.choice_log_probs(nu, flat, flat).unflatten(0, part.process.shape[:2]))
     states = torch.cat([paths[0].states, *(path.states[:, 1:] for path in paths[1:])], 1)
     actions, rewards = (torch.cat([getattr(path, key) for path in paths], 1) for key in ("actions", "rewards"))
@@ -160,7 +165,7 @@ def attached_rollout(task: HybridTask, learner: Learner, noise: Noise, tail: int
 
 def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise, entropy: float) -> int:
     """Returns the number of periods simulated."""
-    path, log_probs = attached_rollout(task, learner, noise, recipe.buffer)
+    path, log_probs = attached_rollout(task, learner, noise, tail=recipe.buffer, cross_term=recipe.cross_term)
     batch, horizon = path.rewards.shape
     old = log_probs.detach()
     detached = Rollout(path.states.detach(), path.actions.detach(), path.rewards.detach())
@@ -173,9 +178,12 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         to_go, extra = branch_returns(task, learner, noise, detached, rows)
         pi = old[:, rows].exp()
         advantage = to_go - (pi * to_go).sum(-1, keepdim=True)
-        scale = float((pi * advantage.square()).sum(-1).mean().clamp_min(1e-20).rsqrt())
+        # advantages vanish as the choice gets right: a scale by their spread would blow up the pathwise part
+        scale = float(1 / detached.rewards.std())
+        spread = (pi * advantage.square()).sum(-1).mean().sqrt().clamp_min(1e-10)
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
-        weights[:, rows] = scale * pi * advantage
+        weights[:, rows] = pi * advantage / spread
+        share = share / float(scale * spread)
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
         spread, extra = advantage[:, kept].std(), 0

@@ -48,7 +48,7 @@ class Instance:
 
 
 HPO = Recipe()
-BRANCHES = replace(HPO, method="branches", branch_times=8)
+BRANCHES = replace(HPO, method="branches")
 PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
 LONG: dict[str, Any] = {
     "epochs": 40,

@@ -9,7 +9,8 @@ all products are functions of (x, y), nothing is remembered. Where r is not zero
 mask says which environments hold. One thread takes `LANES` environments at a time through the model's tree.
 
 Covered: hinge, slide, ball and free joints; springs, dampers, armature, joint limits; actuators with fixed or affine
-laws on hinges and slides; pyramidal contacts of planes, spheres and capsules; Euler with and without implicit damping.
+laws on hinges and slides; dry friction; contacts of planes, spheres and capsules with pyramidal or elliptic friction;
+Euler with and without implicit damping.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import mujoco
 import numpy as np
 import torch
 import warp as wp
@@ -137,8 +139,9 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     nominal = {name: array.reshape(1, -1) for name, array in nominal_fields(structure).items() if name in FIELDS}
     own = {"base": model.nq, "act": model.na, "ctrl": model.nu}
     lengths = [own.get(name, model.nv) if name not in FIELDS else nominal[name].shape[1] for name in SLOTS]
-    varies = "jnt_stiffness" in names
-    found.integers["elastic"] = np.int32((model.jnt_stiffness.reshape(-1) != 0) | varies)
+    for part, field in (("elastic", "jnt_stiffness"), ("rubbing", "dof_frictionloss")):
+        present = getattr(model, field).reshape(-1) != 0
+        found.integers[part] = np.array(present | (field in names), np.int32)
     found.integers["slot_first"] = np.array([0, *np.cumsum(lengths)[:-1]], np.int32)
     found.integers["slot_length"] = np.array(lengths, np.int32)
     sizes = {**found.sizes, "components": sum(lengths), "implicit": int(kind != "explicit"), "cotangents": 1}
@@ -150,11 +153,12 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
         kept.append(_describe(words, 0, name, array, 2))
     static = [t.data_ptr() for t in kept[: len(INTEGERS) + len(REALS)]] + [sizes[name] for name in SIZES]
     soft = bool(SOFT & set(names))
+    elliptic = model.opt.cone == int(mujoco.mjtCone.mjCONE_ELLIPTIC)
     shapes = [(own.get(name, model.nv),) for name in STATE]
     shapes += [tuple(nominal_fields(structure)[name].shape[1:]) for name in names]
     return _Plan(
         names=names,
-        variant={which: Variant(which, soft) for which in ("push", "pull", "second")},
+        variant={which: Variant(which, soft, elliptic) for which in ("push", "pull", "second")},
         kept=tuple(kept),
         words=np.concatenate([words, np.array(static, np.int64), numbers]),
         shapes=tuple(shapes),

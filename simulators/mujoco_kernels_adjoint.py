@@ -114,6 +114,20 @@ auto limit_gradient = [&](int k, int side) APART {
 """
 
 GRADIENTS = """
+auto friction_gradient = [&](int d) APART {
+    N x[16], y[16];
+    friction_input(d, x);
+    const B rubs = value_of(x[3]) > V(T(0));
+    x[0] = lam[d];
+    friction_pull(x, y);
+    for (int m = 1; m < (SOFT ? 12 : 5); ++m) y[m] = pick(rubs, y[m], zero);
+    gain(VELOCITY, d, y[1]);
+    gain(DOF_FRICTIONLOSS, d, y[3]);
+    gain(DOF_INVWEIGHT0, d, y[4]);
+    if (!SOFT) return;
+    for (int e = 0; e < 2; ++e) gain(DOF_SOLREF, 2 * d + e, y[5 + e]);
+    for (int e = 0; e < 5; ++e) gain(DOF_SOLIMP, 5 * d + e, y[7 + e]);
+};
 auto joint_gradients = [&]() APART {
     for (int b = bodies - 1; b > 0; --b) {
         S6 f = by_velocity[b], turn = by_turn[b];

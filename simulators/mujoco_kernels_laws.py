@@ -71,8 +71,8 @@ def _mixed(one: Sequence[Node], two: Sequence[Node], weight: Node) -> list[Node]
     return [weight * a + (1.0 - weight) * b for a, b in zip(one, two, strict=True)]
 
 
-def _contact(x: Sequence[Node], dim: int) -> tuple[Node, int]:
-    """phi of one contact with a friction pyramid (dim 3) or without friction (dim 1); and the first input that is soft.
+def _contact(x: Sequence[Node], dim: int, *, elliptic: bool) -> tuple[Node, int]:
+    """phi of one contact with friction (dim 3) or without (dim 1); and the first input that is soft.
 
     Inputs: rates along lam, v, a (dim each), distance, friction of both geoms, invweight of both bodies, | solref and
     solimp of both geoms, | weight of the first geom, margin, impratio, least time constant.
@@ -91,6 +91,10 @@ def _contact(x: Sequence[Node], dim: int) -> tuple[Node, int]:
     grip = impedance(pos, solimp)
     stiffness, damping = reference(solref, solimp[1], least)
     strength = grip / ((_ONE - grip) * (x[at + 3] + x[at + 4]))
+    if dim > 1 and elliptic:
+        pushing = stiffness * grip * pos
+        jar = [a + damping * v + (pushing if k == 0 else 0.0) for k, (v, a) in enumerate(zip(*rates[1:], strict=True))]
+        return _power(rates[0], _cone(jar, strength, friction, ratio)), at + 5
     rows = [tuple(rate[0] for rate in rates)]
     if dim > 1:
         square = friction * friction
@@ -103,13 +107,36 @@ def _contact(x: Sequence[Node], dim: int) -> tuple[Node, int]:
     return phi, at + 5
 
 
+def _power(rate: Sequence[Node], force: Sequence[Node]) -> Node:
+    total = constant(0.0)
+    for one, two in zip(rate, force, strict=True):
+        total = total + one * two
+    return total
+
+
+def _cone(jar: Sequence[Node], strength: Node, friction: Node, ratio: Node) -> list[Node]:
+    """s'(jar) of an elliptic cone: with N = mu jar_0, U = friction (jar_1, jar_2), T = |U|, mu = friction/sqrt(ratio),
+
+    free where N >= mu T;  D jar where mu N + T <= 0;  between, g (mu, -mu friction U/T) with
+    g = D_0/(mu^2 (1 + mu^2)) (N - mu T).
+    """
+    mu = friction / apply("sqrt", ratio)
+    normal, slip = mu * jar[0], [friction * part for part in jar[1:]]
+    size = apply("norm", slip[0] * slip[0] + slip[1] * slip[1])
+    pull = strength / (mu * mu * (1.0 + mu * mu)) * (normal - mu * size)
+    sticking = [strength * jar[0], *(strength * ratio * part for part in jar[1:])]
+    sliding = [pull * mu, *(-(pull * mu * friction) * (part / size) for part in slip)]
+    free, stuck = less_equal(mu * size, normal), less_equal(mu * normal + size, 0.0)
+    return [select(free, 0.0, select(stuck, a, b)) for a, b in zip(sticking, sliding, strict=True)]
+
+
 CONTACT_INPUTS = {1: 3 + 23, 3: 9 + 23}
 
 
-def contact_pieces(dim: int, *, soft: bool) -> list[Piece]:
+def contact_pieces(dim: int, *, soft: bool, elliptic: bool) -> list[Piece]:
     """`row` (force, and the upper triangle of stiff by rows) and `pull` of a contact; soft: solref, solimp move too."""
     x = inputs(CONTACT_INPUTS[dim])
-    phi, first = _contact(x, dim)
+    phi, first = _contact(x, dim, elliptic=elliptic)
     return _row_pieces(f"contact{dim}", phi, x, dim, first + 14 if soft else first)
 
 
@@ -128,6 +155,20 @@ def limit_pieces(*, soft: bool) -> list[Piece]:
     by_lam, by_v, by_a = (-side * rate for rate in x[:3])
     phi = by_lam * _pulling(by_a + damping * by_v + stiffness * grip * pos, strength)
     return _row_pieces("limit", phi, x, 1, 13 if soft else 6)
+
+
+def friction_pieces(*, soft: bool) -> list[Piece]:
+    """The same of a joint's dry friction, f = D jar within the loss: no position, no stiffness.
+
+    Inputs: rates along lam, v, a of the degree of freedom, loss, invweight, | solref, solimp, | least time constant.
+    """
+    x = inputs(13)
+    grip = _clamped(x[7], _LEAST, _MOST)
+    damping = reference(x[5:7], x[8], x[12])[1]
+    linear = grip / ((_ONE - grip) * x[4]) * (x[2] + damping * x[1])
+    bounded = select(less(linear, 0.0), -x[3], x[3])
+    phi = x[0] * select(less(apply("abs", linear), x[3]), linear, bounded)
+    return _row_pieces("friction", phi, x, 1, 12 if soft else 5)
 
 
 def _row_pieces(name: str, phi: Node, x: Sequence[Node], dim: int, moving: int) -> list[Piece]:

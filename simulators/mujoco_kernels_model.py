@@ -26,6 +26,9 @@ FIELDS = (
     "body_invweight0",
     "dof_armature",
     "dof_damping",
+    "dof_frictionloss",
+    "dof_solref",
+    "dof_solimp",
     "dof_invweight0",
     "jnt_stiffness",
     "jnt_range",
@@ -41,7 +44,7 @@ FIELDS = (
     "actuator_biasprm",
 )
 """the fields the kernels know"""
-SOFT = {"jnt_solref", "jnt_solimp", "geom_solref", "geom_solimp"}
+SOFT = {"dof_solref", "dof_solimp", "jnt_solref", "jnt_solimp", "geom_solref", "geom_solimp"}
 KINDS: tuple[Kind, ...] = ("explicit", "eulerdamp")
 _FREE, _BALL, _SLIDE, _HINGE = range(4)
 _OFF = mujoco.mjtDisableBit
@@ -82,10 +85,6 @@ def _lacking(structure: Structure, names: tuple[str, ...], kind: Kind) -> Iterat
         yield "explicit contact pairs"
     if model.flg_gravcomp:
         yield "gravity compensation"
-    if model.dof_frictionloss.any():
-        yield "friction losses"
-    if model.opt.cone != int(mujoco.mjtCone.mjCONE_PYRAMIDAL):
-        yield "elliptic friction cones"
     flags = [_OFF.mjDSBL_SPRING, _OFF.mjDSBL_DAMPER, _OFF.mjDSBL_GRAVITY, _OFF.mjDSBL_CLAMPCTRL, _OFF.mjDSBL_REFSAFE]
     flags += [_OFF.mjDSBL_LIMIT, _OFF.mjDSBL_CONTACT, _OFF.mjDSBL_CONSTRAINT, _OFF.mjDSBL_ACTUATION]
     flags += [_OFF.mjDSBL_FILTERPARENT]

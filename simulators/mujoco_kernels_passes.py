@@ -20,7 +20,13 @@ import warp as wp
 from sim2real.simulators.mujoco_kernels_adjoint import BODIES, GRADIENTS, ROW_GRADIENTS
 from sim2real.simulators.mujoco_kernels_algebra import PRECISION, Piece, algebra, graphs, piece_text
 from sim2real.simulators.mujoco_kernels_contacts import BETWEEN, CONTACTS, CORES, FRAMES
-from sim2real.simulators.mujoco_kernels_laws import actuator_pieces, contact_pieces, limit_pieces, spring_pieces
+from sim2real.simulators.mujoco_kernels_laws import (
+    actuator_pieces,
+    contact_pieces,
+    friction_pieces,
+    limit_pieces,
+    spring_pieces,
+)
 from sim2real.simulators.mujoco_kernels_model import FIELDS
 from sim2real.simulators.mujoco_kernels_rows import LIMITS, RESIDUAL, ROWS, SPATIAL
 from sim2real.simulators.mujoco_kernels_sweeps import FACTOR, INERTIAS, POSES, TWISTS
@@ -36,7 +42,7 @@ INTEGERS = (
     *("body_parent", "body_joint", "body_joints", "body_group", "body_groups", "body_last"),
     *("joint_type", "joint_qpos", "joint_dof", "group_first", "group_size"),
     *("above", "above_first", "all_above", "all_above_first", "limit_joint"),
-    *("actuator_joint", "actuator_affine", "actuator_act", "elastic", "slot_first", "slot_length"),
+    *("actuator_joint", "actuator_affine", "actuator_act", "elastic", "rubbing", "slot_first", "slot_length"),
     *("contact_kind", "contact_dim", "contact_geom", "contact_rubbing", "contact_body"),
 )
 REALS = (
@@ -84,11 +90,12 @@ Pass = Literal["push", "pull", "second"]
 class Variant:
     """What a pass is compiled for.
 
-    soft: with gradients by solref and solimp.
+    soft: with gradients by solref and solimp; elliptic: friction cones are elliptic.
     """
 
     which: Pass
     soft: bool
+    elliptic: bool
 
 
 def scratch_numbers(sizes: dict[str, int]) -> int:
@@ -112,8 +119,8 @@ def kernel(variant: Variant) -> Any:
 def pieces(variant: Variant) -> list[Piece]:
     """The scalar laws that a pass uses."""
     soft = variant.soft
-    found = [*contact_pieces(1, soft=soft), *contact_pieces(3, soft=soft), *limit_pieces(soft=soft)]
-    found += [*actuator_pieces(), *spring_pieces()]
+    found = [piece for dim in (1, 3) for piece in contact_pieces(dim, soft=soft, elliptic=variant.elliptic)]
+    found += [*limit_pieces(soft=soft), *friction_pieces(soft=soft), *actuator_pieces(), *spring_pieces()]
     return [piece for piece in found if variant.which != "push" or not piece.name.endswith("_pull")]
 
 
@@ -338,6 +345,8 @@ for (; i < end; i += W) {
             if (active[k]) contact_gradient(k);
         joint_gradients();
         for (int k = 0; k < limits; ++k) { limit_gradient(k, 0); limit_gradient(k, 1); }
+        for (int d = 0; d < dofs; ++d)
+            if (rubbing[d]) friction_gradient(d);
         law_gradients();
         for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s) {
             const long long* out = slot + 12 * s;

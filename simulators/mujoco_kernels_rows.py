@@ -27,6 +27,15 @@ auto limit_input = [&](int k, int side, N* x) APART {
 auto limit_open = [&](const N* x) -> B {  // whether the row exists
     return value_of(x[13] * (x[4] - x[3])) < value_of(x[14]);
 };
+auto friction_input = [&](int d, N* x) APART {
+    x[1] = v[d];
+    x[2] = a[d];
+    x[3] = field(DOF_FRICTIONLOSS, d);
+    x[4] = field(DOF_INVWEIGHT0, d);
+    for (int e = 0; e < 2; ++e) x[5 + e] = field(DOF_SOLREF, 2 * d + e);
+    for (int e = 0; e < 5; ++e) x[7 + e] = field(DOF_SOLIMP, 5 * d + e);
+    x[12] = real(V(T(2) * timestep));
+};
 auto actuator_input = [&](int i, N* x) APART {
     const int j = actuator_joint[i], d = joint_dof[j], act = actuator_act[i];
     x[1] = v[d];
@@ -53,7 +62,7 @@ auto spring_input = [&](int j, N* x) APART {  // the rotation of a ball or free 
 """
 
 ROWS = """
-auto all_rows = [&]() APART {  // forces and stiffness of contacts and limits
+auto all_rows = [&]() APART {  // forces and stiffness of contacts, limits and dry friction
     N x[40], y[12];
     full = false;
     for (int b = 0; b < bodies; ++b) { loaded[b] = 0; }
@@ -100,6 +109,15 @@ auto all_rows = [&]() APART {  // forces and stiffness of contacts and limits
             stiff[d] += pick(open, y[1], zero);
             size += magnitude_of(value_of(pick(open, y[0], zero)));
         }
+    for (int d = 0; d < dofs; ++d) {
+        if (!rubbing[d]) continue;
+        friction_input(d, x);
+        const B rubs = value_of(x[3]) > V(T(0));
+        friction_row(x, y);
+        push[d] += pick(rubs, y[0], zero);
+        stiff[d] += pick(rubs, y[1], zero);
+        size += magnitude_of(value_of(pick(rubs, y[0], zero)));
+    }
 };
 """
 """`all_rows()`: adds to load, push, stiff, spatial"""

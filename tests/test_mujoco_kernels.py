@@ -210,7 +210,7 @@ def test_the_mask_refuses_accelerations_of_other_contacts() -> None:
 @pytest.mark.parametrize(
     ("inner", "reason"),
     [
-        ('<option cone="elliptic"/>', "elliptic"),
+        ('<worldbody><geom type="sphere" size="0.1" condim="4"/></worldbody>', "contacts between geoms"),
         ('<worldbody><geom type="box" size="1 1 1"/></worldbody>', "contacts between geoms"),
         ('<equality><connect body1="b" anchor="0 0 0"/></equality>', "equality"),
         ('<tendon><fixed frictionloss="1"><joint joint="j" coef="1"/></fixed></tendon>', "tendon"),
@@ -243,14 +243,21 @@ def test_fields_and_integrators_that_are_not_covered() -> None:
         ('0.1 0.4 2"', '0.1 0.4 3"'),
         ('solref="0.03 0.9"', 'solref="-300 -20"'),
         ('size="5 5 1"', 'size="5 5 1" priority="1" solmix="0.2"'),
+        ('integrator="Euler"', 'integrator="Euler" cone="elliptic" impratio="3"'),
+        ('armature="0.02"', 'armature="0.02" frictionloss="0.4"'),
     ],
-    ids=["frictionless", "cubic", "direct", "priority"],
+    ids=["frictionless", "cubic", "direct", "priority", "elliptic", "dry"],
 )
 def test_solver_fields_and_laws_of_contacts(change: tuple[str, str]) -> None:
-    names = (*sorted(SOFT), "geom_friction")
+    names = (*sorted(SOFT), "geom_friction", "dof_frictionloss")
     made, x, y = point("explicit", names, change=change)
+    fast, slow = kernels(made, names, "explicit"), torch_products(made, names, "explicit")
+    dx = (torch.zeros_like(x[0]), *random_like(x[1:], 1))
     g = (torch.ones_like(y[0]), torch.zeros_like(y[0]))
     wanted = (False, *(True,) * (len(x) - 1))
-    found, covered = kernels(made, names, "explicit").pull(x, y, g, wanted)
+    found, covered = fast.pull(x, y, g, wanted)
     assert bool(covered.all())
-    check_close(found, torch_products(made, names, "explicit").pull(x, y, g, wanted))
+    check_close(found, slow.pull(x, y, g, wanted))
+    arguments = (x, dx, y, slow.push(x, dx, y), g, g)
+    found, covered = fast.second(arguments, (*wanted, *wanted))
+    check_close(found, slow.second(arguments, (*wanted, *wanted)), 1e-9)

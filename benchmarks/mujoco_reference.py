@@ -87,7 +87,9 @@ def world(spec: mujoco.MjSpec, *, moving_weights: bool = False) -> World:
     option.ccd_tolerance, option.ccd_iterations = 1e-12, 100
     option.solver = mujoco.mjtSolver.mjSOL_NEWTON
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
-    option.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART | mujoco.mjtDisableBit.mjDSBL_ISLAND
+    off = mujoco.mjtDisableBit
+    option.disableflags |= off.mjDSBL_WARMSTART | off.mjDSBL_ISLAND
+    option.disableflags |= off.mjDSBL_MIDPHASE  # keeps boxes in the inertial frames of bodies, which edits move
     return World(model, mujoco.MjData(model), moving_weights)
 
 

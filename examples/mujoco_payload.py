@@ -30,7 +30,7 @@ from sim2real.fit import fit
 from sim2real.simulators.mujoco_model import mujoco_model
 from sim2real.simulators.mujoco_system import body_poses
 
-ARM = """<mujoco><option timestep=".002" integrator="implicitfast"/>
+ARM = """<mujoco><option timestep=".002"/>
 <default><geom type="capsule" size=".04" density="600" contype="0" conaffinity="0"/>
   <joint damping="1" frictionloss="1" armature=".05"/></default>
 <worldbody><body name="turret" pos="0 0 .4"><joint name="turn" axis="0 0 1"/><geom fromto="0 0 -.1 0 0 .05"/>

@@ -52,7 +52,7 @@ def reacher() -> tuple[ModelMDP, mujoco.MjModel]:
     """State (joint0, joint1, goal x, goal y) and rates; the reward is minus the distance, in m, less some effort."""
     file = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / "reacher.xml"
     spec = mujoco.MjSpec.from_file(str(file))
-    spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
     model = spec.compile()
     system = mujoco_system(model)
 

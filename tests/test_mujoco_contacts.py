@@ -447,6 +447,7 @@ KINDS = [
     ("cylinder", "box", (FACE, CYLINDER_FOOT)),
     ("box", "box", (FACE, CUT_EDGE)),
     ("box", "box", (FACE, UNDER_CORNER)),
+    ("mesh", "mesh", (FACE, CUT_EDGE)),
 ]
 
 
@@ -454,7 +455,7 @@ KINDS = [
 def test_features_are_recognised(first: str, second: str, kinds: tuple[int, int]) -> None:
     """Every kind of core pair occurs, so the comparison with differences above has met it too."""
     s, rng, seen = scene(first, second), np.random.default_rng(0), set()
-    for _ in range(300):
+    for _ in range(600):
         data = placed(s, random_position(s, rng, 0.12, (0.02, 0.25)))
         if data.ncon and data.contact.dist.min() > -0.02:
             seen |= {c.pair.kinds for c in frozen(s, data).cores}
@@ -614,6 +615,21 @@ def test_only_slides_looks_at_the_joints_between_two_bodies() -> None:
     assert only_slides(model, 1, 2)
     assert not only_slides(model, 0, 2)
     assert not only_slides(model, 2, 3)
+
+
+def test_a_mesh_without_the_triangles_of_its_hull_clips_by_differences() -> None:
+    """Meshes of the model that hold no hull: the vertices still serve, clipped points go to rule C."""
+    s, rng = scene("mesh", "mesh"), np.random.default_rng(0)
+    s.model.mesh_graphadr[:] = -1
+    table = geom_table(s.model)
+    assert table.hulls[0].shape == (8, 3)
+    assert table.triangles[0].shape == (0, 3)
+    rules = set()
+    for _ in range(60):
+        data = placed(s, random_position(s, rng, 0.12, (0, 0)))
+        if data.ncon > 1 and data.contact.dist.min() > -0.02:
+            rules |= set(frozen(s, data).rule.tolist())
+    assert rules == {0, 2}
 
 
 def test_tables_are_made_once_per_model() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from sim2real.bounds import Box
 from sim2real.params import Params
 from sim2real.simulators.mujoco_inertia import inverse_weights, log_cholesky, pseudo_inertia, restore_weights
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_patches import Patch, make_patch, patched
 from sim2real.simulators.mujoco_properties import (
     PROPERTIES,
@@ -101,6 +102,7 @@ def parameters_of(spec: ThetaSpec) -> dict[str, Parameter]:
     return found
 
 
+@engine_messages()
 def parameter_model(
     source: mujoco.MjSpec | Path | str,
     spec: ThetaSpec,

@@ -23,6 +23,7 @@ from torch import Tensor
 from sim2real.checkpoint import write_atomic
 from sim2real.params import Params
 from sim2real.simulators.mujoco_inertia import STORED, WEIGHTS, inertia_matrix, restore_weights
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_parameters import DELAY, ThetaSpec, Weights, field_map, parameter_model
 from sim2real.simulators.mujoco_structure import nominal_fields, structure
 from sim2real.simulators.mujoco_xml import STANDARD, XmlLimits, load_spec
@@ -57,6 +58,7 @@ class XmlWriteError(ValueError):
     """The identified model cannot be written so that it comes back the same; the message names the field."""
 
 
+@engine_messages()
 def save_xml(
     path: Path | str,
     source: mujoco.MjSpec | Path | str,

@@ -27,6 +27,7 @@ from typing import Any
 import mujoco
 
 from sim2real.simulators import mujoco_xml_child
+from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_xml_child import HEAD
 from sim2real.simulators.mujoco_xml_scan import (
     FILES,
@@ -58,6 +59,7 @@ class XmlSource:
     assets: dict[str, bytes] = field(default_factory=dict)
 
 
+@engine_messages()
 def load_xml(source: Path | str, *, folder: Path | str | None = None, limits: XmlLimits = STANDARD) -> mujoco.MjModel:
     """The compiled model of untrusted XML.
 

@@ -83,6 +83,26 @@ def test_straight_through_serves_forward_mode_and_second_order() -> None:
     assert torch.allclose(twice(both)[1], twice(soft)[1], rtol=1e-12)
 
 
+def test_forward_sensitivities_are_smoothed_as_the_steps() -> None:
+    """The linearisation of whole rollouts takes its own way through the kernels; it must see the same contacts."""
+    reward = lambda theta, s, a, e, following: following[:, 0]
+    state = torch.tensor([[[0.1005, -0.2]]], dtype=torch.float64)
+    nothing = torch.zeros(1, 1, 0, dtype=torch.float64)
+    found = []
+    for smoothing in (None, ContactSmoothing(WIDTH, forward=False)):
+        mdp = mujoco_model(BALL.format(extra=""), {"gravity.z": (-12.0, -8.0)}, reward, smoothing=smoothing)
+        assert mdp.sensitivity is not None
+        theta = {key: torch.tensor(value, dtype=torch.float64) for key, value in mdp.box.default.items()}
+        after = mdp.step(theta, state[0], nothing[0], nothing[0])
+        path = (torch.stack([state[0], after]), nothing, nothing, None)
+        _, phi = mdp.sensitivity.run(theta, list(theta), path, [1])
+        s = state[0].clone().requires_grad_()
+        rows = [torch.autograd.grad(mdp.step(theta, s, nothing[0], nothing[0])[0, i], s)[0][0] for i in range(2)]
+        assert torch.allclose(phi[-1, 0], torch.stack(rows), rtol=1e-10, atol=1e-12)
+        found.append(phi[-1, 0])
+    assert float((found[0] - found[1]).abs().max()) > 1e-3
+
+
 def test_explicit_pairs_are_smoothed_too() -> None:
     pair = '<contact><pair geom1="floor" geom2="ball" margin="0.001"/></contact>'
     model = mujoco.MjModel.from_xml_string(BALL.format(extra=pair))

@@ -97,7 +97,8 @@ def soft_actor_critic(
             loss.load_state_dict(start.weights)
         seen = _train(mdp, single, actor, loss, target, chosen, generator)
     weights = {key: value.detach().clone() for key, value in loss.state_dict().items()}
-    return _finish(actor, critic, loss.to(like.dtype), seen.to(like.dtype), temperature, tol, weights, generator)
+    loss, seen = loss.to(like.dtype), seen.to(like.dtype)
+    return _finish(actor, critic, loss, seen, weights, temperature=temperature, tol=tol, generator=generator)
 
 
 class _Critic(nn.Module):
@@ -195,9 +196,10 @@ def _finish(
     critic: _Critic,
     loss: SACLoss,
     seen: TensorDict,
+    weights: dict[str, Tensor],
+    *,
     temperature: float,
     tol: float,
-    weights: dict[str, Tensor],
     generator: torch.Generator,
 ) -> LearnedFollower:
     """Policy and values as functions, and how well they agree on a part of the transitions."""
@@ -223,6 +225,8 @@ def _finish(
     some = seen["observation"][-2000:]
     draws = torch.randn(16, 1, policy.noise_dim, generator=generator, dtype=some.dtype, device=some.device)
     residual = float(torch.stack([entropic(some, draw) for draw in draws]).var(0).mean()) / (2 * temperature**2)
+    if not math.isfinite(residual):
+        raise UnconvergedError("the follower's networks are not finite: lower the learning rate")
     status = f"{len(seen)} transitions seen; {residual:.2g} nats between the policy and its critics"
     report = SolveReport(residual <= tol, residual, len(seen), status)
     return LearnedFollower(policy, nu, action_value, soft_value, report, weights)

@@ -111,3 +111,5 @@ def test_failures_are_named():
         train(replace(WORLD, names={}))
     with pytest.raises(UnconvergedError, match="not finite"):
         train(replace(WORLD, step=lambda theta, s, a, e: s * 1e30))
+    with pytest.raises(UnconvergedError, match="networks are not finite"):
+        train(settings=replace(SMALL, rounds=1, learning_rate=1e30))

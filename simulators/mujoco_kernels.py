@@ -2,7 +2,7 @@
 
 At the solver's acceleration a and the acceleration w that advances velocity,
 
-    r(q, v, a; ctrl, fields) = 0,      G w = M a,      G = M + h diag(damping), or w = a
+    r(q, v, a; ctrl, fields) = 0,      G w = M a,      G = M - h D, or w = a
 
 are differentiated by the implicit function theorem with contacts as the kernels find them from the position alone:
 all products are functions of (x, y), nothing is remembered. Where r is not zero the contacts are not MuJoCo's: the
@@ -10,7 +10,7 @@ mask says which environments hold. One thread takes `LANES` environments at a ti
 
 Covered: hinge, slide, ball and free joints; springs, dampers, armature, joint limits; actuators with fixed or affine
 laws on hinges and slides; dry friction; contacts of planes, spheres and capsules with pyramidal or elliptic friction;
-Euler with and without implicit damping.
+Euler with and without implicit damping; implicitfast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sim2real.simulators.mujoco_forward import Kind
-from sim2real.simulators.mujoco_kernels_model import FIELDS, SOFT, tables, uncovered
+from sim2real.simulators.mujoco_kernels_model import FIELDS, KINDS, SOFT, tables, uncovered
 from sim2real.simulators.mujoco_kernels_passes import (
     INTEGERS,
     NUMBERS,
@@ -144,7 +144,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
         found.integers[part] = np.array(present | (field in names), np.int32)
     found.integers["slot_first"] = np.array([0, *np.cumsum(lengths)[:-1]], np.int32)
     found.integers["slot_length"] = np.array(lengths, np.int32)
-    sizes = {**found.sizes, "components": sum(lengths), "implicit": int(kind != "explicit"), "cotangents": 1}
+    sizes = {**found.sizes, "components": sum(lengths), "implicit": KINDS.index(kind), "cotangents": 1}
     kept = [torch.from_numpy(np.append(found.integers[name], 0).astype(np.int32)) for name in INTEGERS]
     kept += [torch.from_numpy(np.append(found.reals[name], 0.0)) for name in REALS]
     numbers = np.array([found.numbers[name] for name in NUMBERS]).view(np.int64)

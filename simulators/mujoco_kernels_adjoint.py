@@ -186,8 +186,9 @@ auto law_gradients = [&]() APART {
     }
     for (int i = 0; i < actuators; ++i) {
         const int j = actuator_joint[i], d = joint_dof[j], act = actuator_act[i];
-        x[0] = lam[d];
         actuator_input(i, x);
+        x[0] = lam[d];
+        if (implicit == 2) x[1] = mu[d] * w[d] * T(timestep);
         actuator_pull(x, y);
         gain(VELOCITY, d, y[0]);
         gain(SHIFT, d, y[1]);

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from sim2real.simulators.mujoco_kernels_algebra import Piece, inputs
 from sim2real.simulators.warp_dual import adjoints
-from sim2real.simulators.warp_graph import Node, apply, constant, less, less_equal, power, select
+from sim2real.simulators.warp_graph import Node, apply, both, constant, less, less_equal, power, select
 
 _ONE = constant(1.0)
 _LEAST, _MOST = 1e-4, 0.9999  # MuJoCo's bounds of impedances and of midpoints
@@ -179,23 +179,29 @@ def _row_pieces(name: str, phi: Node, x: Sequence[Node], dim: int, moving: int) 
 
 
 def actuator_pieces() -> list[Piece]:
-    """`force` and `pull` of an actuator on a joint, f = -gear clamp(gain u + bias), gain and bias affine in y and y_v.
+    """`force`, `slope` and `pull` of an actuator on a joint.
 
-    Inputs: y_lam, y_v, y (of the joint), u, gear, gain (3), bias (3), | control range, force range.
+    f = -gear clamp(gain u + bias), gain and bias affine in y and y_v; slope = -df/dy_v where the clamp is open, as
+    MuJoCo's implicit integrators have it; pull is that of y_lam f + weight slope.
+
+    Inputs: y_lam, weight, y_v, y (of the joint), u, gear, gain (3), bias (3), | control range, force range.
     The clamped control is u itself where it is inside; a derivative at its end is that from inside.
     """
-    x = inputs(15)
-    by_lam, speed, joint, control, gear = x[:5]
+    x = inputs(16)
+    by_lam, weight, speed, joint, control, gear = x[:6]
     length, rate = gear * joint, gear * speed
-    gain = x[5] + x[6] * length + x[7] * rate
-    bias = x[8] + x[9] * length + x[10] * rate
-    clamped = select(less(control, x[11]), x[11], select(less(x[12], control), x[12], control))
+    gain = x[6] + x[7] * length + x[8] * rate
+    bias = x[9] + x[10] * length + x[11] * rate
+    clamped = select(less(control, x[12]), x[12], select(less(x[13], control), x[13], control))
     force = gain * clamped + bias
-    bounded = select(less(force, x[13]), x[13], select(less(x[14], force), x[14], force))
-    phi = -by_lam * gear * bounded
+    bounded = select(less(force, x[14]), x[14], select(less(x[15], force), x[15], force))
+    within = both(less(x[14], force), less(force, x[15]))
+    slope = select(within, gear * gear * (x[8] * clamped + x[11]), 0.0)
+    phi = weight * slope - by_lam * gear * bounded
     return [
-        Piece("actuator_force", 11, tuple(adjoints([phi], [_ONE], x[:1]))),
-        Piece("actuator_pull", 11, tuple(adjoints([phi], [_ONE], x[1:11]))),
+        Piece("actuator_force", 12, tuple(adjoints([phi], [_ONE], x[:1]))),
+        Piece("actuator_slope", 12, (slope,)),
+        Piece("actuator_pull", 12, tuple(adjoints([phi], [_ONE], x[2:12]))),
     ]
 
 

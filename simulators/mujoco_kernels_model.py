@@ -45,7 +45,7 @@ FIELDS = (
 )
 """the fields the kernels know"""
 SOFT = {"dof_solref", "dof_solimp", "jnt_solref", "jnt_solimp", "geom_solref", "geom_solimp"}
-KINDS: tuple[Kind, ...] = ("explicit", "eulerdamp")
+KINDS: tuple[Kind, ...] = ("explicit", "eulerdamp", "implicitfast")
 _FREE, _BALL, _SLIDE, _HINGE = range(4)
 _OFF = mujoco.mjtDisableBit
 _PLANE, _SPHERE, _CAPSULE = (
@@ -77,6 +77,8 @@ def _lacking(structure: Structure, names: tuple[str, ...], kind: Kind) -> Iterat
         yield f"the fields {unknown}"
     if kind not in KINDS:
         yield f"the integrator {kind}"
+    if kind == "implicitfast" and bool(structure.lone.any()):
+        yield "the gyroscopic terms that implicitfast keeps for single free bodies"
     if structure.uncovered:
         yield f"the force {structure.uncovered[0].name}"
     if model.neq:

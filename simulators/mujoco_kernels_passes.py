@@ -1,6 +1,6 @@
 """The three passes of the MuJoCo kernels, each one native function over a range of environments, put together.
 
-    push     dr at da = 0, da = -H^-1 dr                     G dw = M da + (dM - h dD..)(a - w)      on dual numbers
+    push     dr at da = 0, da = -H^-1 dr;  G dw = M da + dM (a - w) + h dD w                          on dual numbers
     pull     lam = -H^-1 M mu, mu = G^-1 g (explicit: lam = -H^-1 g), then the gradients of phi      on numbers
     second   the same on dual numbers, along (dx, dg): its derivative is the second-order product
 
@@ -269,10 +269,18 @@ auto at_acceleration = [&]() APART {
     for (int j = 0; j < n; ++j) covered[i + j] = fine[j] != 0;
 };
 auto damped = [&]() APART {  // G = M - h D, factored
+    N x[16], y;
     for (int d = 0; d < dofs; ++d) {
         G[d * dofs + d] = M[d * dofs + d] + field(DOF_DAMPING, d) * T(timestep);
         for (int k = above_first[d]; k < above_first[d + 1]; ++k) G[d * dofs + above[k]] = M[d * dofs + above[k]];
     }
+    if (implicit == 2)  // implicitfast: D has the actuators' damping too
+        for (int k = 0; k < actuators; ++k) {
+            const int d = joint_dof[actuator_joint[k]];
+            actuator_input(k, x);
+            actuator_slope(x, &y);
+            G[d * dofs + d] -= y * T(timestep);
+        }
     factor(G, above, above_first);
 };
 auto moved_acceleration = [&](N* x) APART {  // x = da (its value): a moves so that r stays zero
@@ -293,11 +301,19 @@ for (; i < end; i += W) {
         along(rest, z);
         for (int b = 0; b < bodies; ++b) load[b] = body_last[b] < 0 ? still : momentum(b, rest[b]);
         times(M, lam, mu);
+        for (int d = 0; d < dofs; ++d) stiff[d] = -field(DOF_DAMPING, d);
+        if (implicit == 2)
+            for (int k = 0; k < actuators; ++k) {
+                N x[16], y;
+                actuator_input(k, x);
+                actuator_slope(x, &y);
+                stiff[joint_dof[actuator_joint[k]]] += y;
+            }
         for (int b = bodies - 1; b > 0; --b) {
             for (int g = body_group[b]; g < body_group[b] + body_groups[b]; ++g)
                 for (int d = group_first[g]; d < group_first[g] + group_size[g]; ++d) {
                     N f = axis[d].dot(load[b]) + field(DOF_ARMATURE, d) * z[d];
-                    f -= field(DOF_DAMPING, d) * (real(value_of(w[d])) * T(timestep));
+                    f += stiff[d] * (real(value_of(w[d])) * T(timestep));
                     lam[d] = real(value_of(mu[d]) + tangent_of(f));
                 }
             load[body_parent[b]] = load[body_parent[b]] + load[b];

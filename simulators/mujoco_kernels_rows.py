@@ -38,16 +38,17 @@ auto friction_input = [&](int d, N* x) APART {
 };
 auto actuator_input = [&](int i, N* x) APART {
     const int j = actuator_joint[i], d = joint_dof[j], act = actuator_act[i];
-    x[1] = v[d];
-    x[2] = position(joint_qpos[j], d);
-    x[3] = act < 0 ? field(CTRL, i) : field(ACT, act);
-    x[4] = field(ACTUATOR_GEAR, 6 * i);
+    x[0] = x[1] = zero;
+    x[2] = v[d];
+    x[3] = position(joint_qpos[j], d);
+    x[4] = act < 0 ? field(CTRL, i) : field(ACT, act);
+    x[5] = field(ACTUATOR_GEAR, 6 * i);
     for (int e = 0; e < 3; ++e) {
-        x[5 + e] = e == 0 || actuator_affine[2 * i] ? field(ACTUATOR_GAINPRM, 10 * i + e) : zero;
-        x[8 + e] = actuator_affine[2 * i + 1] ? field(ACTUATOR_BIASPRM, 10 * i + e) : zero;
+        x[6 + e] = e == 0 || actuator_affine[2 * i] ? field(ACTUATOR_GAINPRM, 10 * i + e) : zero;
+        x[9 + e] = actuator_affine[2 * i + 1] ? field(ACTUATOR_BIASPRM, 10 * i + e) : zero;
     }
-    for (int e = 0; e < 2; ++e) x[11 + e] = real(V(actuator_control[2 * i + e]));
-    for (int e = 0; e < 2; ++e) x[13 + e] = real(V(actuator_force_range[2 * i + e]));
+    for (int e = 0; e < 2; ++e) x[12 + e] = real(V(actuator_control[2 * i + e]));
+    for (int e = 0; e < 2; ++e) x[14 + e] = real(V(actuator_force_range[2 * i + e]));
 };
 auto spring_input = [&](int j, N* x) APART {  // the rotation of a ball or free joint
     const int q = joint_qpos[j] + (joint_type[j] == 0 ? 3 : 0), d = joint_dof[j] + (joint_type[j] == 0 ? 3 : 0);
@@ -215,7 +216,6 @@ auto residual = [&]() APART {  // r, with load[b] summed over all that b carries
         push[d] += own - applied;
     }
     for (int i = 0; i < actuators; ++i) {
-        x[0] = zero;
         actuator_input(i, x);
         actuator_force(x, y);
         size += magnitude_of(value_of(y[0]));

@@ -56,7 +56,7 @@ WORLD = """
   </worldbody>
   <actuator>
     <motor joint="wrist" gear="2" ctrlrange="-1 1" ctrllimited="true"/>
-    <position joint="hip" kp="20" kv="1"/>
+    <position joint="hip" kp="20" kv="1" forcerange="-8 8"/>
     <general joint="knee" gainprm="5 1 0.5" gaintype="affine" biastype="affine" biasprm="0.1 -3 -0.2" dyntype="filter"/>
   </actuator>
 </mujoco>
@@ -68,14 +68,16 @@ def point(
     kind: Kind, names: tuple[str, ...], *, count: int = 13, change: tuple[str, str] = ("", ""), seed: int = 0
 ) -> Point:
     """Structure, x and y at states that fall and roll on the plane, fields of every environment scaled by its own."""
-    damping = "disable" if kind == "explicit" else "enable"
-    made = structure(mujoco.MjModel.from_xml_string(WORLD.format(damping=damping).replace(*change)))
+    text = WORLD.format(damping="disable" if kind == "explicit" else "enable").replace(*change)
+    if kind == "implicitfast":
+        text = text.replace("Euler", "implicitfast")
+    made = structure(mujoco.MjModel.from_xml_string(text))
     model, rng = made.model, np.random.default_rng(0)
     data = mujoco.MjData(model)
     rows: list[list[Any]] = [[], [], [], []]
     for _ in range(count):
         mujoco.mj_resetData(model, data)
-        scale = np.r_[np.full(12, 0.2), np.full(12, 0.02)]  # what lies on the trunk stays there
+        scale = np.r_[np.full(12, 0.2), np.full(model.nv - 12, 0.02)]  # what lies on the trunk stays there
         mujoco.mj_integratePos(model, data.qpos, rng.normal(0, 1, model.nv) * scale, 1.0)
         data.ctrl[:] = rng.uniform(-0.9, 0.9, model.nu)
         for _ in range(rng.integers(10, 90)):
@@ -232,7 +234,25 @@ def test_what_is_not_covered_is_said_and_left_to_torch(inner: str, reason: str) 
 def test_fields_and_integrators_that_are_not_covered() -> None:
     made = point("explicit", (), count=1)[0]
     assert "tendon_range" in str(uncovered(made, ("tendon_range",), "explicit"))
-    assert "implicitfast" in str(uncovered(made, (), "implicitfast"))
+    assert "single free bodies" in str(uncovered(made, (), "implicitfast"))
+    assert "implicit" in str(uncovered(made, (), "implicit"))
+
+
+@pytest.mark.slow
+def test_implicitfast_takes_the_damping_of_actuators_into_the_step() -> None:
+    names = ("dof_damping", "actuator_gear", "actuator_gainprm", "actuator_biasprm", "body_mass")
+    lone = WORLD[WORLD.index('<body name="stick"') : WORLD.index("</worldbody>")]
+    made, x, y = point("implicitfast", names, change=(lone, ""))
+    fast, slow = kernels(made, names, "implicitfast"), torch_products(made, names, "implicitfast")
+    dx = (torch.zeros_like(x[0]), *random_like(x[1:], 1))
+    g = (torch.ones_like(y[0]), torch.zeros_like(y[0]))
+    wanted = (False, *(True,) * (len(x) - 1))
+    dy, covered = fast.push(x, dx, y)
+    assert bool(covered.all())
+    check_close(dy, slow.push(x, dx, y))
+    check_close(fast.pull(x, y, g, wanted)[0], slow.pull(x, y, g, wanted))
+    arguments = (x, dx, y, dy, g, g)
+    check_close(fast.second(arguments, (*wanted, *wanted))[0], slow.second(arguments, (*wanted, *wanted)), 1e-9)
 
 
 @pytest.mark.slow

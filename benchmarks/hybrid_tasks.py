@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 
@@ -59,6 +59,8 @@ class HybridTask:
     """first periods of `dev` and `test` that do not count"""
     divisor: float
     """cost per counted period -> the metric of the reference"""
+    first: Params = field(default_factory=dict)
+    """weights to start from where they are not those of `tanh_weights`"""
     optimum: Callable[[Noise], Tensor] | None = None
     """metric of the optimal policy on each path `[B]`"""
 
@@ -101,6 +103,7 @@ def task_policy(task: HybridTask, *, stochastic: bool) -> HybridPolicy:
 def task_weights(task: HybridTask, width: int, generator: torch.Generator, *, stochastic: bool) -> Params:
     outputs = {"discrete": task.choices, "continuous": task.choices * task.continuous}
     nu = tanh_weights({key: (task.states, width, width, out) for key, out in outputs.items()}, generator)
+    nu |= {key: value.clone() for key, value in task.first.items()}
     return nu | ({"log_std": torch.zeros(task.choices, task.continuous)} if stochastic else {})
 
 
@@ -150,7 +153,7 @@ def replenishment_task(items: int, fixed: float = 64.0, periods: int = 100, path
     train = replace(train, process=train.process[:, :periods], policy=train.policy[:, :periods])
     splits = (train, cut(slice(paths, None)), test)
     optimum = (lambda: joint_replenishment_optimum(pmfs, **_costs(task), tol=2e-4)) if items <= 3 else None
-    return _squashed(task, splits, 16, optimum)
+    return _squashed(task, splits, 16, optimum, rare=items <= 3)
 
 
 def heavy_tail_task(periods: int = 100, paths: int = 1024) -> HybridTask:
@@ -169,7 +172,12 @@ def _costs(task: InventoryTask) -> dict[str, object]:
 
 
 def _squashed(
-    task: InventoryTask, splits: tuple[Noise, Noise, Noise], ignore: int, exact: Callable[[], Replenishment] | None
+    task: InventoryTask,
+    splits: tuple[Noise, Noise, Noise],
+    ignore: int,
+    exact: Callable[[], Replenishment] | None,
+    *,
+    rare: bool = False,
 ) -> HybridTask:
     """The task with actions `(d, z)`, quantities `mean softplus(z + 1)`."""
     plain, mean = task.mdp, task.mean.float()
@@ -194,6 +202,7 @@ def _squashed(
         scale=mean.repeat(width),
         ignore=ignore,
         divisor=len(mean),
+        first=_rare_orders(len(mean), width) if rare else {},
     )
     if exact is None:
         return found
@@ -204,6 +213,21 @@ def _squashed(
         return metric(found, solve(), {}, noise, plain)
 
     return replace(found, optimum=optimum)
+
+
+def _rare_orders(items: int, width: int) -> Params:
+    """Order up to six mean demands every fourth period or so: from frequent orders training hardly finds to rarer ones.
+
+    A stock that is ordered often is ordered low, and then it would be wrong to skip an order.
+    """
+    level = torch.zeros(2 * items, width * items)
+    for item in range(items):
+        level[items + item, item::items] = -1.0
+    return {
+        "discrete.2.bias": torch.tensor([1.1, 0.0]),
+        "continuous.direct": level,
+        "continuous.2.bias": torch.tensor([0.0] * items + [5.0] * items),
+    }
 
 
 def order_up_to_where(optimum: Replenishment) -> Policy:

@@ -50,16 +50,9 @@ class Instance:
 HPO = Recipe()
 BRANCHES = replace(HPO, method="branches")
 PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
-LONG: dict[str, Any] = {
-    "epochs": 40,
-    "rate": 2e-3,
-    "width": 64,
-    "entropy": 0.5,
-    "discount": 0.93,
-    "last_discount": 0.99,
-}
-LONG |= {"ramp": 0.4, "buffer": 12, "passes": 4}
-"""joint replenishment: much exploration, and a discount that at first favours rare orders: else it orders too often"""
+LONG: dict[str, Any] = {"epochs": 16, "rate": 2e-3, "width": 64, "ramp": 0.4, "buffer": 12, "passes": 4}
+"""joint replenishment: exploration at first only, edges that teach nothing"""
+FEW: dict[str, Any] = LONG | {"method": "branches", "branch_times": 4, "cross_term": False}
 
 
 def instances() -> Iterator[Instance]:
@@ -68,16 +61,16 @@ def instances() -> Iterator[Instance]:
     yield Instance("lqr/16-2/hpo", partial(lqr_task, 16), HPO)
     yield Instance("lqr/48-2/hpo", partial(lqr_task, 48), HPO)
     for items in (1, 2, 3):
-        yield Instance(
-            f"jrp/{items}/hpo", partial(replenishment_task, items, periods=60), replace(HPO, **LONG), seeds=1
-        )
-    rare = LONG | {"batch": 64, "last_discount": 0.995, "buffer": 30}  # orders lie some 40 periods apart
-    yield Instance("jrp/2-nb/hpo", partial(heavy_tail_task, 150), replace(HPO, **rare), seeds=1)
+        few = partial(replenishment_task, items, periods=60)
+        yield Instance(f"jrp/{items}/branches", few, replace(HPO, **FEW), seeds=1)
+        yield Instance(f"jrp/{items}/hpo", few, replace(HPO, **LONG), seeds=1)
+    heavy = FEW | {"epochs": 40, "batch": 64, "buffer": 30}  # orders lie some 40 periods apart
+    yield Instance("jrp/2-nb/branches", partial(heavy_tail_task, 150), replace(HPO, **heavy), seeds=1)
     yield Instance("lqr/16-2/ppo", partial(lqr_task, 16), PPO)
     yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=40))
     yield Instance("lqr/16-2/branches", partial(lqr_task, 16), BRANCHES)
     yield Instance("lqr/48-2/ppo", partial(lqr_task, 48), PPO)
-    many = LONG | {"width": 128, "epochs": 24}
+    many = LONG | {"width": 128, "epochs": 24, "discount": 0.93}
     yield Instance("jrp/50/hpo", partial(replenishment_task, 50, periods=60), replace(HPO, **many), seeds=1)
     slow = many | {"epochs": 200, "rate": 1e-4, "minibatches": 4}
     yield Instance("jrp/50/ppo", partial(replenishment_task, 50, periods=60), replace(PPO, **slow), seeds=1)

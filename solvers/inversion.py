@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,10 +34,13 @@ from sim2real.solvers.inversion_problem import (
     InverseProblem,
     Inversion,
     Predict,
+    detached,
     finished,
     inverse_problem,
+    joined,
     ranks,
     residuals,
+    split,
 )
 from sim2real.solvers.inversion_search import Found, search
 from sim2real.solvers.linear import Matvec
@@ -59,7 +61,7 @@ def invert(
     low: Tensor | float = -math.inf,
     high: Tensor | float = math.inf,
     full_rank: int | None = None,
-    tolerance: float = 1e-12,
+    tolerance: float = 1e-11,
     max_steps: int = 60,
     curvature: Curvature = "full",
     differentiable: bool = True,
@@ -84,7 +86,7 @@ def invert(
     full = min(start.shape[1], outcome.shape[1]) if full_rank is None else full_rank
     find = partial(search, tolerance=tolerance, max_steps=max_steps, full_rank=full)
     if not differentiable:
-        found = find(_detached(problem), start.detach())
+        found = find(detached(problem), start.detach())
         return _report(problem, found, found.u, full)
     u, found = _layer(problem, start, find, full, curvature, strict)
     return _report(problem, found, u, full)
@@ -92,27 +94,6 @@ def invert(
 
 def _report(problem: InverseProblem, found: Found, u: Tensor, full_rank: int) -> Inversion:
     return finished(problem, u, found.r, found.J, stationary=found.stationary, steps=found.steps, full_rank=full_rank)
-
-
-def _split(problem: InverseProblem) -> Params:
-    """Every floating-point tensor of the problem under one name."""
-    fields = {name: getattr(problem, name) for name in ("outcome", "root", "center", "prior_root", "low", "high")}
-    named = {f"theta.{key}": value for key, value in problem.theta.items()}
-    named |= {f"rows.{key}": value for key, value in problem.rows.items()}
-    named |= fields
-    return {key: value for key, value in named.items() if value is not None and value.is_floating_point()}
-
-
-def _joined(problem: InverseProblem, tensors: Params) -> InverseProblem:
-    """The problem with the tensors of `_split` replaced."""
-    fields: dict[str, Any] = {key: value for key, value in tensors.items() if "." not in key}
-    theta = {key: tensors.get(f"theta.{key}", value) for key, value in problem.theta.items()}
-    rows = {key: tensors.get(f"rows.{key}", value) for key, value in problem.rows.items()}
-    return replace(problem, theta=theta, rows=rows, **fields)
-
-
-def _detached(problem: InverseProblem) -> InverseProblem:
-    return _joined(problem, {key: value.detach().double() for key, value in _split(problem).items()})
 
 
 def _layer(
@@ -127,13 +108,13 @@ def _layer(
     ends: list[tuple[Found, Tensor]] = []
 
     def solver(tensors: Params, nu0: Params) -> Params:
-        part = _joined(problem, tensors)
+        part = joined(problem, tensors)
         found = find(part, nu0["u"])
         ends.append((found, ranks(part, found.J) < full_rank))
         return {"u": found.u}
 
     def residual(tensors: Params, nu: Params) -> Params:
-        part, u = _joined(problem, tensors), nu["u"]
+        part, u = joined(problem, tensors), nu["u"]
         found, saturated = ends[0]
         if curvature == "gauss_newton":
             slope = (found.J.mT @ residuals(part, u).unsqueeze(-1)).squeeze(-1)
@@ -145,7 +126,7 @@ def _layer(
         return {"u": torch.where(saturated.unsqueeze(-1), u - found.u, slope)}
 
     layer = implicit_root(residual, solver, solve=_row_solve, strict=strict)
-    u = layer(_split(problem), {"u": start.detach()})["u"]
+    u = layer(split(problem), {"u": start.detach()})["u"]
     return u, ends[0][0]
 
 

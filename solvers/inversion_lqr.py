@@ -1,7 +1,7 @@
 """Closed-form inversion of linear-quadratic lower levels.
 
-A lower level is an affine law `a_t = G_t x_t + H_t u + h_t` towards the unseen goal u, on `x_{t+1} = A_t x + B_t a + c_t`.
-Two laws, with OPPOSITE sign of the gain on u, kept apart:
+A lower level is an affine law `a_t = G_t x_t + H_t u + h_t` towards the unseen goal u, and the model is affine too,
+`x_{t+1} = A_t x_t + B_t a_t + c_t`. Two laws, with OPPOSITE sign of the gain on u, kept apart:
 
     goal tracking   a = K u + k,  K = D^-1 B'V,  k = D^-1 (M m - B'V (A x + c)),  D = M + B'V B:
                     the minimiser of (a - m)'M (a - m) + (x' - u)'V (x' - u)                 (paper, appendix A.3)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,27 @@ def precision_root(precision: Tensor | None, like: Tensor, name: str) -> Tensor 
     return factor.mT
 
 
+def split(problem: InverseProblem) -> Params:
+    """Every floating-point tensor of the problem under one name."""
+    fields = {name: getattr(problem, name) for name in ("outcome", "root", "center", "prior_root", "low", "high")}
+    named = {f"theta.{key}": value for key, value in problem.theta.items()}
+    named |= {f"rows.{key}": value for key, value in problem.rows.items()}
+    named |= fields
+    return {key: value for key, value in named.items() if value is not None and value.is_floating_point()}
+
+
+def joined(problem: InverseProblem, tensors: Params) -> InverseProblem:
+    """The problem with the tensors of `split` replaced."""
+    fields: dict[str, Any] = {key: value for key, value in tensors.items() if "." not in key}
+    theta = {key: tensors.get(f"theta.{key}", value) for key, value in problem.theta.items()}
+    rows = {key: tensors.get(f"rows.{key}", value) for key, value in problem.rows.items()}
+    return replace(problem, theta=theta, rows=rows, **fields)
+
+
+def detached(problem: InverseProblem) -> InverseProblem:
+    return joined(problem, {key: value.detach().double() for key, value in split(problem).items()})
+
+
 def select(problem: InverseProblem, index: Tensor) -> InverseProblem:
     """The problem of some of the rows."""
 
@@ -163,9 +185,16 @@ def residuals(problem: InverseProblem, u: Tensor) -> Tensor:
 def jacobian(problem: InverseProblem, u: Tensor) -> tuple[Tensor, Tensor]:
     """r `[N, q']` and `dr/du [N, q', p]`, forward mode: one tangent for each column, none of them crossing rows."""
     width = u.shape[-1]
+    # explicit zero tangents for what does not move: implicit ones cost a Python call per operation
+    fixed = {key: value for key, value in problem.theta.items() if value.is_floating_point()}
+    known = {key: value for key, value in problem.rows.items() if value.is_floating_point()}
+    still = tuple({key: torch.zeros_like(value) for key, value in part.items()} for part in (fixed, known))
+
+    def at(theta: Params, rows: Params, x: Tensor) -> Tensor:
+        return residuals(replace(problem, theta=problem.theta | theta, rows=problem.rows | rows), x)
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent = jvp(lambda x: residuals(problem, x), (u,), (direction.expand_as(u),))
+        value, tangent = jvp(at, (fixed, known, u), (*still, direction.expand_as(u)))
         return value, tangent
 
     value, columns = vmap(along, out_dims=(None, -1))(torch.eye(width, dtype=u.dtype, device=u.device))
@@ -175,6 +204,18 @@ def jacobian(problem: InverseProblem, u: Tensor) -> tuple[Tensor, Tensor]:
 def data_residual(problem: InverseProblem, r: Tensor) -> Tensor:
     """`[N]` norm of the part of r that belongs to the outcome."""
     return r[:, : problem.outcome.shape[1]].norm(dim=-1)
+
+
+def allowed(problem: InverseProblem, tolerance: float) -> Tensor:
+    """`[N]`: a residual below this is negligible."""
+    return tolerance * problem.outcome.norm(dim=-1).clamp(min=1.0)
+
+
+def free_gradient(problem: InverseProblem, u: Tensor, r: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
+    """`J'r`, zero for coordinates held at a bound (the gradient points outward), and which those are."""
+    gradient = (J.mT @ r.unsqueeze(-1)).squeeze(-1)
+    held = ((u <= problem.low) & (gradient > 0)) | ((u >= problem.high) & (gradient < 0))
+    return torch.where(held, 0.0, gradient), held
 
 
 def ranks(problem: InverseProblem, J: Tensor) -> Tensor:

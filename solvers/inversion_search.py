@@ -7,8 +7,8 @@ deficient the answer is the explanation nearest to the start. With the gain rati
 and mu becomes mu max(1/3, 1 - (2 rho - 1)^3), otherwise mu grows by 2, 4, 8, ...
 
 A limit in the map (a clipped torque) flattens it: a start beyond the limit has nothing to descend. So the search begins
-at the point along the linearised step from the reference, `start - J^+ r`, that explains the row best, and rows that end
-unexplained begin again at the others.
+at the point along the linearised step from the reference, `start - J^+ r`, that explains the row best. What ten steps
+leave goes to `inversion_natural`, what that leaves begins again at the other points along the linearised step.
 Reference: Madsen, Nielsen, Tingleff, Methods for non-linear least squares problems, 2004, section 3.2.
 """
 
@@ -20,12 +20,23 @@ import torch
 from torch import Tensor
 
 from sim2real.solvers.box_qp import box_qp
-from sim2real.solvers.inversion_problem import InverseProblem, data_residual, jacobian, ranks, residuals, select
+from sim2real.solvers.inversion_natural import natural_steps
+from sim2real.solvers.inversion_problem import (
+    InverseProblem,
+    allowed,
+    data_residual,
+    free_gradient,
+    jacobian,
+    ranks,
+    residuals,
+    select,
+)
 
-FRACTIONS = (1.0, 0.0, 0.5, 0.25)
+FRACTIONS = (1.0, 0.0, 0.5)
 """of the linearised step, where the search may begin"""
 _FLOOR = 1e-12
 _HOPELESS = 1e14
+_FIRST, _NATURAL = 8, 25
 
 
 @dataclass(frozen=True)
@@ -61,16 +72,39 @@ def search(problem: InverseProblem, start: Tensor, *, tolerance: float, max_step
     values = torch.stack([residuals(problem, u).square().sum(-1) for u in candidates])
     order = torch.where(values.isnan(), torch.inf, values).argsort(dim=0, stable=True)
     pick = lambda k: candidates.gather(0, order[k].reshape(1, -1, 1).expand(1, *start.shape)).squeeze(0)
-    found = descend(problem, pick(0), tolerance=tolerance, max_steps=max_steps)
+    found = _attempt(problem, pick(0), tolerance, full_rank)
     for attempt in range(1, len(FRACTIONS)):
         again = _unexplained(problem, found, tolerance, full_rank).nonzero().flatten()
         if not len(again):
-            break
-        other = descend(select(problem, again), pick(attempt)[again], tolerance=tolerance, max_steps=max_steps)
-        better = other.r.square().sum(-1) < found.r[again].square().sum(-1)
-        steps = found.steps.index_add(0, again, other.steps)
-        found = replace(_updated(found, again[better], _subset(other, better)), steps=steps)
+            return found
+        found = _improved(found, again, _attempt(select(problem, again), pick(attempt)[again], tolerance, full_rank))
+    left = (~found.stationary).nonzero().flatten()
+    if len(left):
+        part = select(problem, left)
+        found = _improved(found, left, descend(part, found.u[left], tolerance=tolerance, max_steps=max_steps))
     return found
+
+
+def _attempt(problem: InverseProblem, start: Tensor, tolerance: float, full_rank: int) -> Found:
+    """Descent from one start; what it leaves, by natural steps."""
+    found = descend(problem, start, tolerance=tolerance, max_steps=_FIRST)
+    hard = (_unexplained(problem, found, tolerance, full_rank) & ~found.stationary).nonzero().flatten()
+    if not len(hard):
+        return found
+    part = select(problem, hard)
+    u = natural_steps(part, found.u[hard], tolerance=tolerance, max_steps=_NATURAL)
+    r, J = jacobian(part, u)
+    steps = torch.full_like(hard, _NATURAL)
+    return _improved(found, hard, Found(u, r, J, *_ends(part, u, r, J, tolerance), steps))
+
+
+def _improved(found: Found, index: Tensor, other: Found) -> Found:
+    """The better end of each row, all steps counted."""
+    better = (other.r.square().sum(-1) < found.r[index].square().sum(-1)) | (
+        other.stationary & ~found.stationary[index]
+    )
+    steps = found.steps.index_add(0, index, other.steps)
+    return replace(_updated(found, index[better], _subset(other, better)), steps=steps)
 
 
 def _linearised(r: Tensor, J: Tensor) -> Tensor:
@@ -80,7 +114,7 @@ def _linearised(r: Tensor, J: Tensor) -> Tensor:
 
 def _unexplained(problem: InverseProblem, found: Found, tolerance: float, full_rank: int) -> Tensor:
     """Rows whose outcome is not met and that may have met a flat region instead of a minimum."""
-    missed = data_residual(problem, found.r) > _allowed(problem, tolerance)
+    missed = data_residual(problem, found.r) > allowed(problem, 2 * tolerance)
     stuck = missed & ~found.stationary
     doubtful = (missed & found.stationary).nonzero().flatten()
     flat = ranks(select(problem, doubtful), found.J[doubtful]) < full_rank if len(doubtful) else doubtful.bool()
@@ -130,7 +164,7 @@ def _step(problem: InverseProblem, rows: _Rows) -> tuple[_Rows, Tensor]:
     descends = (promised > 0) & (gain > 1e-4)
     # a decrease below rounding is judged by the gradient, which can be told more exactly than the value
     level = promised.abs() <= 1e-13 * rows.r.square().sum(-1)
-    before, after = _free_gradient(problem, rows.u, rows.r, rows.J)[0], _free_gradient(problem, trial, r, J)[0]
+    before, after = free_gradient(problem, rows.u, rows.r, rows.J)[0], free_gradient(problem, trial, r, J)[0]
     descends = descends | (level & (after.norm(dim=-1) < 0.9 * before.norm(dim=-1)))
     taken = descends & torch.isfinite(J).all(-1).all(-1)
     keep = lambda new, old: torch.where(taken.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
@@ -161,22 +195,11 @@ def _trial(problem: InverseProblem, u: Tensor, damped: Tensor, gradient: Tensor)
     return trial.index_put((out,), (x + inside).clamp(low, high))
 
 
-def _allowed(problem: InverseProblem, tolerance: float) -> Tensor:
-    return tolerance * problem.outcome.norm(dim=-1).clamp(min=1.0)
-
-
 def _ends(problem: InverseProblem, u: Tensor, r: Tensor, J: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Done: r negligible, or at right angles to every free column of J. Held: at a bound, gradient outward."""
-    gradient, held = _free_gradient(problem, u, r, J)
+    gradient, held = free_gradient(problem, u, r, J)
     right_angle = (gradient.abs() <= 1e-12 * J.norm(dim=-2) * r.norm(dim=-1, keepdim=True)).all(-1)
-    return right_angle | (r.norm(dim=-1) <= _allowed(problem, tolerance)), held
-
-
-def _free_gradient(problem: InverseProblem, u: Tensor, r: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
-    """`J'r`, zero for coordinates held at a bound, and which those are."""
-    gradient = (J.mT @ r.unsqueeze(-1)).squeeze(-1)
-    held = ((u <= problem.low) & (gradient > 0)) | ((u >= problem.high) & (gradient < 0))
-    return torch.where(held, 0.0, gradient), held
+    return right_angle | (r.norm(dim=-1) <= allowed(problem, tolerance)), held
 
 
 def _kept(rows: _Rows, mask: Tensor) -> _Rows:

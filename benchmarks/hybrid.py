@@ -12,10 +12,10 @@ out, n is the number of seeds behind a figure. `--quick` trains one small instan
                     lowest gap on the development set within the same number of simulated periods, branches included:
                     that of the shorter of the two trainings
 
-`m-jrp`, joint replenishment with K = 64: `N`, gap to the exact optimal policy paired on the 1024 test paths, trained with
-counterfactual branches at 4 steps of each rollout; `N-hpo` with a critic instead; `2-nb`, two items with negative binomial
-demand, and `2-nb-cost` per item and period (published neural policy 1.423, optimum 1.411). Up to three items start from
-an order-up-to rule at six mean demands that orders at random every fourth period.
+`m-jrp`, joint replenishment with K = 64: `N`, gap to the exact optimal policy paired on the 1024 test paths, trained
+with counterfactual branches at 4 steps of each rollout; `N-hpo` with a critic instead; `2-nb`, two items with negative
+binomial demand, and `2-nb-cost` per item and period (published neural policy 1.423, optimum 1.411). Up to three items
+start from an order-up-to rule at six mean demands that orders at random every fourth period.
 
 `m-jrp50`, 50 items: `best`, the lowest cost on the development paths of any row; `updates` of HPO, `ppo-updates` until
 the cost there is within 10 % of it; `ppo-ratio` of the two. When PPO never gets there, the updates it had are a lower

@@ -5,6 +5,7 @@
     ROW-hvp          largest error of products with the Hessian
     ROW-order        in its place where these raise `DerivativeOrderError`: 1 where the feature is only of first order,
                      0 where it should have had them
+    ROW-refused      share of states at which the library says that there is no derivative, where there are such
     ROW-uncertain    in place of these bars where the reference is limited (noise of the collider): its own median error
     refused-NAME     1 where construction raises `MujocoUnsupportedError`, 0 otherwise
     worst-median, worst-max, worst-hvp, all-refused     of all rows that are not limited by the reference
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import mujoco
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, main
-from benchmarks.mujoco_judge import RESIDUAL, Judged, entries, fields_of, judge
+from benchmarks.mujoco_judge import RESIDUAL, Judged, batch, entries, fields_of, gradients, judge, library_step
 from benchmarks.mujoco_models import Feature, features, refused
-from benchmarks.mujoco_reference import world
+from benchmarks.mujoco_reference import State, World, world
 from benchmarks.mujoco_second import judge_second
 from benchmarks.mujoco_tasks import states
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
@@ -37,7 +39,7 @@ from sim2real.simulators.warp_functions import DerivativeOrderError
 def measured(feature: Feature, count: int, second: int, *, backend: str = "auto") -> tuple[Judged, float | None]:
     """Errors of one feature; the largest of products with the Hessian, None where these are refused."""
     w = world(mujoco.MjSpec.from_string(feature.xml))
-    drawn = states(w, count, keep=feature.keep, **feature.draw)
+    drawn = [s for s in states(w, count, keep=feature.keep, **feature.draw) if derivative_exists(w, s, backend)]
     picked = entries(w.model, fields_of(w.model), 6, np.random.default_rng(1))
     found = judge(w, drawn, picked, backend=backend)
     try:
@@ -48,6 +50,17 @@ def measured(feature: Feature, count: int, second: int, *, backend: str = "auto"
     return found, max(float(np.nanmax(e[good], initial=0.0)) for e in hvp.errors.values())
 
 
+def derivative_exists(w: World, state: State, backend: str) -> bool:
+    """Whether the library gives derivatives at this state: it refuses those at which the collider is not smooth."""
+    inputs = batch(w.model, [state], ())
+    step = library_step(w.model, (), backend)
+    try:
+        gradients(step, inputs, ["v"], [torch.ones_like(y) for y in step(inputs)])
+    except MujocoUnsupportedError:
+        return False
+    return True
+
+
 def row(name: str, feature: Feature, count: int, second: int) -> Iterator[Figure]:
     """Figures of one feature."""
     found, hvp = measured(feature, count, second)
@@ -55,8 +68,10 @@ def row(name: str, feature: Feature, count: int, second: int) -> Iterator[Figure
     median = max(float(np.nanmedian(e[good])) for e in found.errors.values())
     largest = max(float(np.nanmax(e[good], initial=0.0)) for e in found.errors.values())
     sure = not feature.noisy
-    yield Figure(name, median, "relative", count, 1e-8 if sure else None)
-    yield Figure(f"{name}-max", largest, "relative", count, 1e-6 if sure else None)
+    yield Figure(name, median, "relative", len(good), 1e-8 if sure else None)
+    yield Figure(f"{name}-max", largest, "relative", len(good), 1e-6 if sure else None)
+    if len(good) < count:
+        yield Figure(f"{name}-refused", 1 - len(good) / count, "share", count)
     if not sure:
         own = max(float(np.median(u[good])) for u in found.uncertain.values())
         yield Figure(f"{name}-uncertain", own, "relative", count)
@@ -68,7 +83,7 @@ def row(name: str, feature: Feature, count: int, second: int) -> Iterator[Figure
 
 def features_bar(quick: bool) -> Iterator[Figure]:
     """`j-features`."""
-    count, second = (6, 3) if quick else (40, 12)
+    count, second = (6, 3) if quick else (24, 8)
     worst: dict[str, float] = {}
     for name, feature in features().items():
         for figure in row(name, feature, count, second):

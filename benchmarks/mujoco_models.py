@@ -111,9 +111,9 @@ PAIRS = {
     "sphere-box": (True, ""),
     "sphere-mesh": (True, ""),
     "capsule-box": (True, ""),
-    "box-box": (False, ""),
-    "mesh-box": (False, ""),
-    "mesh-mesh": (False, ""),
+    "box-box": (True, ""),
+    "mesh-box": (True, ""),
+    "mesh-mesh": (True, ""),
     "sphere-cylinder": (True, ""),
     "ellipsoid-sphere": (False, "the collider's normals carry noise of 1e-8 to 2e-5"),
     "capsule-cylinder": (False, "the collider's normals carry noise of 1e-8 to 2e-5"),
@@ -167,7 +167,7 @@ def laws() -> dict[str, Feature]:
         "margin-gap-power": Feature(margin, TUMBLING),
         "explicit-pair": Feature(explicit, SLIDING),
         "height-field": Feature(hills.replace("<asset>", f"<asset>{field}"), TUMBLING, second=False),
-        "mocap": Feature(mocap, TUMBLING, second=False),
+        "mocap": Feature(mocap, TUMBLING),
         "self-contact": Feature(scene(arm(ball="", hinge='range="-1 1"')), LONG | {"spread": 0.5}),
     }
 

@@ -99,8 +99,8 @@ def _entries(theta: Sequence[str] | Mapping[str, Any]) -> dict[str, Parameter]:
         if not isinstance(value, Mapping):
             found[str(name)] = value
             continue
-        options = {key: tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else item
-                   for key, item in value.items()}  # fmt: skip
+        listed = lambda item: isinstance(item, Sequence) and not isinstance(item, str)
+        options: dict[str, Any] = {key: tuple(item) if listed(item) else item for key, item in value.items()}
         if isinstance(options.get("targets"), str):
             options["targets"] = (options["targets"],)
         try:

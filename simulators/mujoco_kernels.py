@@ -154,7 +154,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
     static = [t.data_ptr() for t in kept[: len(INTEGERS) + len(REALS)]] + [sizes[name] for name in SIZES]
     soft = bool(SOFT & set(names))
     elliptic = model.opt.cone == int(mujoco.mjtCone.mjCONE_ELLIPTIC)
-    shapes = [(own.get(name, model.nv),) for name in STATE]
+    shapes: list[tuple[int, ...]] = [(own.get(name, model.nv),) for name in STATE]
     shapes += [tuple(nominal_fields(structure)[name].shape[1:]) for name in names]
     return _Plan(
         names=names,

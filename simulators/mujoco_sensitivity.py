@@ -111,7 +111,8 @@ def _linearised(
         y = system.program.value(x)
         w = y[0]
         found = None if system.cotangents is None else _shared(system.cotangents, x, y, wanted)
-        found = _repeated(system.program.pull, x, y, wanted) if found is None else found
+        if found is None:
+            found = _repeated(system.program.pull, x, y, wanted)
     by_q, by_v, *more = found
     # samples are side by side in memory: [nv, length, M] is the quick order
     columns = [slope.mT @ grad.permute(1, 2, 0) for grad, slope in zip(more[-len(slopes) :], slopes, strict=True)]
@@ -128,7 +129,7 @@ def _shared(cotangents: Cotangents, x: Tensors, y: Tensors, wanted: Wanted) -> T
     return found if bool(covered.all()) else None
 
 
-def _repeated(pull: Callable[..., Tensors], x: Tensors, y: Tensors, wanted: Wanted) -> list[Tensor]:
+def _repeated(pull: Callable[..., Tensors], x: Tensors, y: Tensors, wanted: Wanted) -> Tensors:
     """The same by one copy of each state for each cotangent."""
     M, nv = y[0].shape
     parts: list[Tensors] = []
@@ -142,7 +143,7 @@ def _repeated(pull: Callable[..., Tensors], x: Tensors, y: Tensors, wanted: Want
         big = (*(many(t) if t.shape[1] else t.new_zeros(count * nv, 0) for t in state), *rest)
         grads = pull(big, tuple(many(t) for t in y), (g, torch.zeros_like(g)), wanted)
         parts.append(tuple(grad.reshape(nv, count, -1).transpose(0, 1) for grad in grads))
-    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def _euler_matrices(by_q: Tensor, by_v: Tensor, by_p: Tensor, h: float) -> tuple[Tensor, Tensor]:

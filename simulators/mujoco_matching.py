@@ -21,7 +21,7 @@ from sim2real.simulators.mujoco_cores import (
     CorePair,
     core_frames,
 )
-from sim2real.simulators.mujoco_features import Array, Features, GeomTable, Index, features
+from sim2real.simulators.mujoco_features import Features, GeomTable, Index, features
 from sim2real.simulators.mujoco_readings import Reading, sides
 
 _TOLERANCES = (1e-7, 1e-5)
@@ -133,5 +133,5 @@ def _carried(
     )
 
 
-def _real(x: Array) -> Tensor:
+def _real(x: NDArray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))

@@ -171,7 +171,7 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
     detached = Rollout(path.states.detach(), path.actions.detach(), path.rewards.detach())
     features = critic_features(task, detached.states[:, :-1])
     kept = slice(recipe.buffer, horizon - recipe.buffer)
-    rows, share = torch.arange(horizon)[kept], 1.0
+    rows, share, bonus = torch.arange(horizon)[kept], 1.0, entropy
     if recipe.method == "branches":
         all_rows, picked = rows, torch.randperm(len(rows), generator=learner.generator)[: recipe.branch_times]
         rows, share = all_rows[picked.sort().values], len(picked) / len(all_rows)
@@ -183,7 +183,7 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         spread = (pi * advantage.square()).sum(-1).mean().sqrt().clamp_min(1e-10)
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
         weights[:, rows] = pi * advantage / spread
-        share = share / float(scale * spread)
+        share, bonus = share / float(scale * spread), entropy * float(scale * spread)
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
         spread, extra = advantage[:, kept].std(), 0
@@ -191,7 +191,7 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         standard = (advantage - advantage[:, kept].mean()) / spread
         weights = standard.unsqueeze(-1) * one_hot(detached.actions[..., 0].long(), task.choices)
     gain = (scale * path.rewards + (weights * log_probs).sum(-1) / share)[:, recipe.buffer :].mean()
-    ascend(learner, gain + entropy * choice_entropy(log_probs[:, kept]).mean())
+    ascend(learner, gain + bonus * choice_entropy(log_probs[:, kept]).mean())
     parts = (detached.states[:, :-1], detached.actions, weights, old, features, target)
     later_passes(recipe, learner, Batch(*(part[:, rows].flatten(0, 1) for part in parts)), entropy)
     return path.rewards.numel() + extra

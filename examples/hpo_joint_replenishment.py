@@ -206,7 +206,7 @@ def main(settings: Settings, terms: str, seed: int) -> Figure:
         costs.append(float(mean_cost(task, greedy_policy(policy), nu, calm, ignore=16).mean()))
         print(f"epoch {len(costs):3d}: cost per product and period {costs[-1]:8.3f}")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    left.semilogy(range(1, len(costs) + 1), costs)
+    left.plot(range(1, len(costs) + 1), costs)
     left.set(xlabel="epochs", ylabel="cost per product and period", title=f"HPO, {terms} terms")
     on_hand = torch.linspace(0.0, 60.0, 61)
     first, second = torch.meshgrid(on_hand, on_hand, indexing="ij")

@@ -32,9 +32,11 @@ from sim2real.simulators.mujoco_cores import (  # noqa: E402
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError  # noqa: E402
 from sim2real.simulators.mujoco_features import geom_table  # noqa: E402
 from sim2real.simulators.mujoco_kinematics import poses  # noqa: E402
+from sim2real.simulators.mujoco_model import mujoco_model  # noqa: E402
 from sim2real.simulators.mujoco_pairs import check_contact_pairs, only_slides, touching_pairs  # noqa: E402
 from sim2real.simulators.mujoco_relative import _groups  # noqa: E402
 from sim2real.simulators.mujoco_structure import Structure, structure  # noqa: E402
+from sim2real.simulators.warp_functions import DerivativeOrderError  # noqa: E402
 
 Array = NDArray[np.float64]
 
@@ -564,6 +566,21 @@ def test_a_stack_of_flush_boxes_is_differentiated_where_the_lower_face_carries()
         reference = differences(s, q, direction, 1e-4)
         assert reference is not None
         assert np.abs(slopes(along(s, contacts, q, direction))[1] - reference[0]).max() < 1e-7
+
+
+def test_second_derivatives_through_first_order_contacts_name_the_pair() -> None:
+    """A ball on a height field, as a model: the first derivative is there, the second raises."""
+    xml = f"""<mujoco><asset>{HILLS}</asset><worldbody><geom name="ground" {SHAPES["hfield"]}/><body pos="0.1 0.2 .12">
+      <freejoint/><geom name="ball" {SHAPES["sphere"]}/></body></worldbody></mujoco>"""
+    mdp = mujoco_model(xml, (), lambda theta, s, a, e, following: following[:, 0], backend="torch")
+    state = mdp.initial_state({}, torch.zeros(1, 12, dtype=torch.float64))
+    nothing, along_z = torch.zeros(1, 0, dtype=torch.float64), torch.zeros_like(state)
+    along_z[0, 2] = 1.0
+    step = lambda t: mdp.step({}, state + t * along_z, nothing, nothing)[0, 9]
+    zero = torch.zeros((), dtype=torch.float64)
+    assert float(torch.func.grad(step)(zero)) != 0.0
+    with pytest.raises(DerivativeOrderError, match=r"'ground' \(hfield\) and 'ball' \(sphere\)"):
+        torch.func.grad(torch.func.grad(step))(zero)
 
 
 # --- which pairs can touch

@@ -90,7 +90,7 @@ def two_state_switched_lqr(*, limit: float = 100.0) -> ModelMDP:
     def reward(theta: Params, state: Tensor, action: Tensor, e: Tensor, following: Tensor) -> Tensor:
         return -(state.square().sum(-1) + action[..., 1].square())
 
-    names = {"state": ("x1", "x2"), "action": ("mode", "u"), "signal": ("x1", "x2")}
+    names: dict[str, tuple[str, ...]] = {"state": ("x1", "x2"), "action": ("mode", "u"), "signal": ("x1", "x2")}
     return ModelMDP(
         initial_state=initial_state,
         step=step,

@@ -157,6 +157,14 @@ def test_stored_gaps_meet_the_bars(size: str, bar: float) -> None:
     assert 0.0 < fmean(gaps) <= bar
 
 
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_stored_replenishment_is_within_one_percent(items: int) -> None:
+    gaps = [row["gap"] for row in study_hpo.stored() if row["instance"] == f"jrp/{items}/branches"]
+    if not gaps:
+        pytest.skip(f"no rows of {items} items yet")
+    assert fmean(gaps) <= 0.01
+
+
 def test_figures_from_rows(monkeypatch) -> None:
     row = {"gap": 0.01, "optimum_dev": 1.0, "curve": [[8, 100, 1.0, 1.5], [16, 200, 2.0, 1.02], [24, 300, 3.0, 1.01]]}
     assert hybrid.best_within(row, 250) == pytest.approx(0.02)

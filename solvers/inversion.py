@@ -19,6 +19,7 @@ Reference: Schmidt et al., Offline hierarchical reinforcement learning via inver
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from sim2real.params import Params
-from sim2real.solve_report import LinearSolution, SolveReport
+from sim2real.solve_report import LinearSolution, SolveReport, UnconvergedError, UnconvergedWarning
 from sim2real.solvers.implicit import implicit_root
 from sim2real.solvers.inversion_problem import (
     InverseProblem,
@@ -125,9 +126,19 @@ def _layer(
         slope = torch.where(found.held, u - torch.where(at_low, part.low, part.high), slope)
         return {"u": torch.where(saturated.unsqueeze(-1), u - found.u, slope)}
 
-    layer = implicit_root(residual, solver, solve=_row_solve, strict=strict)
+    layer = implicit_root(residual, solver, solve=_row_solve, tol=math.inf)  # rows are judged below
     u = layer(split(problem), {"u": start.detach()})["u"]
-    return u, ends[0][0]
+    found, saturated = ends[0]
+    late = ~(found.stationary | saturated)
+    if bool(late.any()):
+        message = (
+            f"invert: {int(late.sum())} of {len(u)} rows (first: {late.nonzero().flatten()[:5].tolist()}) did not "
+            "converge, their derivatives belong to another point: raise max_steps, give a nearer start, or drop them"
+        )
+        if strict:
+            raise UnconvergedError(message)
+        warnings.warn(message, UnconvergedWarning, stacklevel=3)
+    return u, found
 
 
 def _row_solve(matvec: Matvec, b: Params, *, batch_dims: int = 0) -> LinearSolution:

@@ -205,10 +205,10 @@ def b_sac(quick: bool) -> Iterator[Figure]:
     for module in ("torchrl", "warp"):
         if importlib.util.find_spec(module) is None:
             raise MissingError(f'{module} is not installed: pip install "sim2real[rl,warp]"')
-    seeds = 2 if quick else 6
-    yield from linear_figures(seeds, (300, 1000) if quick else (300, 1000, 2000))
-    yield from arm_figures(seeds, 1000 if quick else 2000)
-    yield from difference_figures(2 if quick else 4, 300 if quick else 1500)
+    seeds = 2 if quick else 5
+    yield from linear_figures(seeds, (300, 1000))
+    yield from arm_figures(seeds, 1000)
+    yield from difference_figures(2 if quick else 3, 300 if quick else 1000)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 ==============================================================
 
 Choose the spring, the damper and the gear of an arm that a soft actor-critic learns to hold upright: the leader's cost
-falls by about a fifth, though the follower is a network that the leader only watches.
+falls by about a tenth, though the follower is a network that the leader only watches.
 
 The follower has torchrl's SAC with a fixed entropy temperature, in a simulator whose steps are Warp kernels. The
 designer pays for the motor's heat and for the parts. At fixed behaviour a weaker gear looks cheaper; but the follower

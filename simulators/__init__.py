@@ -33,6 +33,7 @@ from sim2real.simulators.linear_gaussian import linear_gaussian, multiplicative_
 from sim2real.simulators.lqr_game import LQRGame, lqr_game, lqr_game_data, lqr_game_leader
 from sim2real.simulators.pendulum import pendulum, pendulum_energy
 from sim2real.simulators.quadrotor import planar_quadrotor, quadrotor, quadrotor_energy
+from sim2real.simulators.reacher import reacher, reacher_step
 from sim2real.simulators.spring_arm import spring_arm, spring_arm_matrices
 from sim2real.simulators.switched_lqr import (
     switched_initial_noise,
@@ -92,6 +93,8 @@ __all__ = [
     "planar_quadrotor",
     "quadrotor",
     "quadrotor_energy",
+    "reacher",
+    "reacher_step",
     "rig_rollout",
     "ring_building",
     "serial_line",

@@ -20,6 +20,20 @@ from sim2real.solvers.convex import (
 )
 from sim2real.solvers.finite_horizon import finite_horizon_riccati
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
+from sim2real.solvers.inversion import invert
+from sim2real.solvers.inversion_descent import invert_adam, invert_cem
+from sim2real.solvers.inversion_lqr import (
+    AffineLaw,
+    feedback_law,
+    goal_tracking_law,
+    invert_feedback,
+    invert_goal_tracking,
+    invert_law,
+    invert_linear,
+)
+from sim2real.solvers.inversion_maps import feedback_lower, operational_space_torques, pid_lower, transition_map
+from sim2real.solvers.inversion_problem import Inversion
+from sim2real.solvers.inversion_smoothing import block_tridiagonal_solve, invert_jointly
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
@@ -38,11 +52,13 @@ from sim2real.solvers.soft_lqr_game import ObservedSoftLQR, observed_soft_lqr
 from sim2real.solvers.spectrum import Spectrum, spectrum
 
 __all__ = [
+    "AffineLaw",
     "BellmanOptimum",
     "BoxQPSolution",
     "DerivativeError",
     "DerivativeWarning",
     "InfeasibleError",
+    "Inversion",
     "MPCPlan",
     "MPCReport",
     "Minimum",
@@ -55,6 +71,7 @@ __all__ = [
     "SoftLQR",
     "Spectrum",
     "UnstableError",
+    "block_tridiagonal_solve",
     "box_qp",
     "cg",
     "condensed_mpc",
@@ -62,12 +79,23 @@ __all__ = [
     "dense",
     "derivative_error",
     "discounted_visits",
+    "feedback_law",
+    "feedback_lower",
     "finite_horizon_riccati",
     "gauss_newton_gap",
     "gmres",
+    "goal_tracking_law",
     "implicit_argmax",
     "implicit_fixed_point",
     "implicit_root",
+    "invert",
+    "invert_adam",
+    "invert_cem",
+    "invert_feedback",
+    "invert_goal_tracking",
+    "invert_jointly",
+    "invert_law",
+    "invert_linear",
     "least_squares",
     "least_squares_layer",
     "levenberg_marquardt",
@@ -81,8 +109,10 @@ __all__ = [
     "nystrom_cg",
     "nystrom_sketch",
     "observed_soft_lqr",
+    "operational_space_torques",
     "optimal_actions",
     "optimal_values",
+    "pid_lower",
     "policy_optimum",
     "policy_values",
     "q_values",
@@ -99,4 +129,5 @@ __all__ = [
     "state_transition",
     "state_values",
     "theseus_solver",
+    "transition_map",
 ]

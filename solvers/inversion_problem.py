@@ -186,8 +186,8 @@ def jacobian(problem: InverseProblem, u: Tensor) -> tuple[Tensor, Tensor]:
     """r `[N, q']` and `dr/du [N, q', p]`, forward mode: one tangent for each column, none of them crossing rows."""
     width = u.shape[-1]
     # explicit zero tangents for what does not move: implicit ones cost a Python call per operation
-    fixed = {key: value for key, value in problem.theta.items() if value.is_floating_point()}
-    known = {key: value for key, value in problem.rows.items() if value.is_floating_point()}
+    fixed = {key: value.contiguous() for key, value in problem.theta.items() if value.is_floating_point()}
+    known = {key: value.contiguous() for key, value in problem.rows.items() if value.is_floating_point()}
     still = tuple({key: torch.zeros_like(value) for key, value in part.items()} for part in (fixed, known))
 
     def at(theta: Params, rows: Params, x: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ environment (mass, centre of mass, inertia, armature, damping, stiffness, fricti
     j-cost/MODEL         backward / forward, Euler without implicit damping; MODEL-eulerdamp with it
     j-cost/MODEL-kernel  the same of the products alone, without autograd and the integrator in torch
     j-peers/transitionfd one-sided `mjd_transitionFD` (no fields), per environment, over backward: worst of three models
-    j-peers/hvp-over-vjp the derivative of the backward pass along a direction of all inputs, over backward, on hopper
-    j-parameters/ratio   backward by everything over backward by position, velocity and control, on hopper
+    j-peers/hvp-over-vjp the derivative of the gradient along a direction of all inputs, over backward, on hopper;
+                         `-and-vjp` with the gradient, which such a product needs only once for many directions
+    j-parameters/ratio   backward by everything over backward by position, velocity and control, on hopper with the same
+                         fields given per environment; `ratio-shared` over that where all environments share the model
     j-scale/flatness     largest deviation of the cost per environment from mid-range, 256 to 8192 environments
     j-scale/threads      backward of 4096 environments on one thread over that on two
 """
@@ -91,14 +93,16 @@ def moving_states(model: mujoco.MjModel, count: int) -> tuple[Tensor, Tensor, Te
     return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
 
 
-def case(name: str, *, damped: bool = False, count: int = ENVIRONMENTS, names: tuple[str, ...] = FIELDS) -> Case:
-    """A model with the graph of one step of all environments."""
+def case(
+    name: str, *, damped: bool = False, count: int = ENVIRONMENTS, names: tuple[str, ...] = FIELDS, asked: bool = True
+) -> Case:
+    """A model with the graph of one step of all environments; asked: gradients by the fields, too."""
     model = load(name, damped=damped)
     system = mujoco_system(model, names)
     nominal = nominal_fields(system.structure)
     fields = [nominal[field].expand(count, *nominal[field].shape[1:]).clone() for field in names]
     q, v, ctrl = moving_states(model, count)
-    leaves = tuple(t.requires_grad_() for t in (q, v, ctrl, *fields))
+    leaves = tuple(t.requires_grad_(asked or k < 3) for k, t in enumerate((q, v, ctrl, *fields)))
     none = torch.zeros(count, model.na, dtype=torch.float64), torch.zeros(count, model.nv, dtype=torch.float64)
     given = dict(zip(names, leaves[3:], strict=True))
     q2, v2, _ = advance(system, given, (leaves[0], leaves[1], none[0]), leaves[2], none[1])
@@ -142,15 +146,11 @@ def products(made: Case) -> tuple[Callable[[], object], Callable[[], object]]:
 
 
 def curvature(made: Case) -> Callable[[], object]:
-    """The gradient once more, with its derivative along a direction of all leaves."""
+    """The derivative of the gradient along a direction of all leaves."""
+    slope = torch.autograd.grad(made.outputs, made.leaves, made.cotangents, create_graph=True)
     rng = torch.Generator().manual_seed(1)
     along = [torch.randn(t.shape, dtype=t.dtype, generator=rng) for t in made.leaves]
-
-    def run() -> object:
-        slope = torch.autograd.grad(made.outputs, made.leaves, made.cotangents, create_graph=True)
-        return torch.autograd.grad(slope, made.leaves, along, retain_graph=True, allow_unused=True)
-
-    return run
+    return lambda: torch.autograd.grad(slope, made.leaves, along, retain_graph=True, allow_unused=True)
 
 
 def transition_differences(made: Case) -> Callable[[], None]:
@@ -208,14 +208,17 @@ def peers(quick: bool) -> Iterator[Figure]:
     made = case("hopper")
     first, second, pull, twice = minima([backward(made), curvature(made), *products(made)], 30 if quick else 100)
     yield Figure("hvp-over-vjp", second / first, "times", ENVIRONMENTS, 4.0)
+    yield Figure("hvp-over-vjp-and-vjp", (first + second) / first, "times", ENVIRONMENTS)
     yield Figure("hvp-over-vjp-kernel", twice / pull, "times", ENVIRONMENTS)
 
 
 def parameters(quick: bool) -> Iterator[Figure]:
     """`j-parameters`."""
-    made, bare = case("hopper"), case("hopper", names=())
-    everything, state = minima([backward(made), backward(bare)], 60 if quick else 300)
+    made, given, bare = case("hopper"), case("hopper", asked=False), case("hopper", names=())
+    runs = [backward(made), backward(given, wanted=3), backward(bare)]
+    everything, state, shared = minima(runs, 60 if quick else 300)
     yield Figure("ratio", everything / state, "times", ENVIRONMENTS, 1.1)
+    yield Figure("ratio-shared", everything / shared, "times", ENVIRONMENTS)
 
 
 def scale(quick: bool) -> Iterator[Figure]:

@@ -173,8 +173,9 @@ struct Contact {{ V3 n, t, s, x; N distance; }};
 struct Cores {{ V3 p, a, q, b; N s, t; B free_s, free_t; }};  // of capsules: p + s a and q + t b
 enum {{ {slots} }};
 constexpr bool SOFT = {soft};
+constexpr int WORDS = {words}, COUNT = {count};
 const long long* slot = (const long long*)pointers.data;
-const long long* word = slot + {words} * {count};
+const long long* word = slot + WORDS * {count};
 unsigned char* covered = (unsigned char*)*word++;
 {tables}
 {room}
@@ -188,10 +189,16 @@ auto fetch = [&](long long base, long long step) APART -> V {{
     if (base == 0) return V(T(0));
     const char* at = (const char*)base + i * step;
     if (step == 0) return V(*(const T*)at);
-    alignas(V) T lane[W];
-    if (step == sizeof(T) && n == W) __builtin_memcpy(lane, at, sizeof(V));
-    else for (int j = 0; j < W; ++j) lane[j] = *(const T*)(at + (j < n ? j : n - 1) * step);
-    return *(V*)lane;
+    V x;
+    if (n < W) {{
+        for (int j = 0; j < W; ++j) x[j] = *(const T*)(at + (j < n ? j : n - 1) * step);
+    }} else if (step == sizeof(T)) {{
+        __builtin_memcpy(&x, at, sizeof(V));
+    }} else {{  // built in a register: a vector read back from numbers just stored would wait for them
+#pragma unroll
+        for (int j = 0; j < W; ++j) x[j] = *(const T*)(at + j * step);
+    }}
+    return x;
 }};
 auto keep = [&](long long base, long long step, V x) APART {{
     if (base == 0) return;
@@ -202,16 +209,16 @@ auto keep = [&](long long base, long long step, V x) APART {{
     else for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lane[j];
 }};
 auto given = [&](int s, int c) -> V {{
-    const long long* x = slot + {words} * s;
+    const long long* x = slot + WORDS * s;
     return fetch(x[0] + c * x[2], x[1]);
 }};
 auto turned = [&](int d) -> N {{  // the displacement of a degree of freedom: zero, with its tangent
     if (!DUAL) return zero;
-    const long long* x = slot + {words} * SHIFT;
+    const long long* x = slot + WORDS * SHIFT;
     return number(V(T(0)), x[3] ? fetch(x[3] + d * x[5], x[4]) : V(T(0)));
 }};
 auto field = [&](int s, int c) APART -> N {{
-    const long long* x = slot + {words} * s;
+    const long long* x = slot + WORDS * s;
     const V value = fetch(x[0] + c * x[2], x[1]);
     if (!DUAL || x[3] == 0) return real(value);
     return number(value, fetch(x[3] + c * x[5], x[4]));
@@ -221,7 +228,7 @@ auto all = [&](int s, N* x) {{
     for (int d = 0; d < dofs; ++d) x[d] = field(s, d);
 }};
 bool wanted[{count}];
-for (int s = 0; s < {count}; ++s) wanted[s] = slot[{words} * s + 6] || slot[{words} * s + 9] || s == SHIFT;
+for (int s = 0; s < {count}; ++s) wanted[s] = slot[WORDS * s + 6] || slot[WORDS * s + 9] || s == SHIFT;
 auto gain = [&](int s, int c, const N& x) APART {{
     if (wanted[s]) gains[slot_first[s] + c] += x;
 }};
@@ -257,7 +264,7 @@ auto at_state = [&]() APART {  // all that depends on the position and velocity
     bias[0] = {none, {-field(GRAVITY, 0), -field(GRAVITY, 1), -field(GRAVITY, 2)}};
     along_velocity();
     inertia_matrix(M);
-    if (!slot[12 * ACCELERATION]) of_advance();
+    if (!slot[WORDS * ACCELERATION]) of_advance();
 };
 auto at_acceleration = [&]() APART {
     along(rate, a);
@@ -321,7 +328,7 @@ for (; i < end; i += W) {
         damped();
         solve(G, lam, above, above_first);
     }
-    const long long* out = slot + 12 * COTANGENT;
+    const long long* out = slot + WORDS * COTANGENT;
     for (int d = 0; d < dofs; ++d) keep(out[6] + d * out[8], out[7], value_of(lam[d]));
 }
 """
@@ -343,7 +350,7 @@ for (; i < end; i += W) {
         along(rest, z);
     }
     for (int column = 0; column < cotangents; ++column) {  // of one state
-        for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s)
+        for (int s = 0; s < COUNT; ++s)
             if (wanted[s])
                 for (int c = 0; c < slot_length[s]; ++c) gains[slot_first[s] + c] = zero;
         for (int d = 0; d < dofs; ++d) lam[d] = field(COTANGENT, column * dofs + d);
@@ -364,8 +371,8 @@ for (; i < end; i += W) {
         for (int d = 0; d < dofs; ++d)
             if (rubbing[d]) friction_gradient(d);
         law_gradients();
-        for (int s = 0; s < (int)(sizeof(wanted) / sizeof(bool)); ++s) {
-            const long long* out = slot + 12 * s;
+        for (int s = 0; s < COUNT; ++s) {
+            const long long* out = slot + WORDS * s;
             if (!out[6] && !out[9]) continue;
             for (int c = 0; c < slot_length[s]; ++c) {
                 const N x = gains[slot_first[s] + c];

@@ -2,7 +2,7 @@
 ==============================================================
 
 Choose the spring, the damper and the gear of an arm that a soft actor-critic learns to hold upright: the leader's cost
-falls by about a tenth, though the follower is a network that the leader only watches.
+falls by a seventh (seed 0), though the follower is a network that the leader only watches.
 
 The follower has torchrl's SAC with a fixed entropy temperature, in a simulator whose steps are Warp kernels. The
 designer pays for the motor's heat and for the parts. At fixed behaviour a weaker gear looks cheaper; but the follower
@@ -39,10 +39,10 @@ TEMPERATURE = 0.1  # reward units
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = 40
-    first: SACSettings = field(default_factory=SACSettings)
+    iterations: int = 25
+    first: SACSettings = field(default_factory=lambda: SACSettings(rounds=10))
     """the follower's training in the first arm"""
-    later: SACSettings = field(default_factory=lambda: SACSettings(rounds=4, updates=50, learning_rate=5e-4))
+    later: SACSettings = field(default_factory=lambda: SACSettings(rounds=2, updates=50, learning_rate=5e-4))
     """in each of the next"""
     episodes: int = 100
     horizon: int = 100

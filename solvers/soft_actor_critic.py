@@ -72,7 +72,7 @@ def soft_actor_critic(
     generator: torch.Generator,
     settings: SACSettings | None = None,
     start: LearnedFollower | None = None,
-    tol: float = 0.1,
+    tol: float = 0.02,
 ) -> LearnedFollower:
     """Train in `mdp` at `theta`, from new networks or those of `start`; `temperature` lambda in reward units.
 

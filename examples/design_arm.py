@@ -91,9 +91,9 @@ def hypergradient(task: LeaderTask, theta: Params, follower: LearnedFollower, ru
 def draw(runs: dict[str, Rollout], designs: dict[str, Params], curve: list[float]) -> Figure:
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=False):
-        axis.plot(run.states[:30, :60, 0].T.cpu(), color="C0", alpha=0.3, linewidth=1)
-        axis.plot(run.actions[:30, :60, 0].T.cpu() / 10, color="C1", alpha=0.15, linewidth=1)
-        axis.set(xlabel="step", title=f"{name}: angle [rad], torque [10 N m]", ylim=(-1.8, 1.8))
+        axis.plot(run.states[:30, :20, 0].T.cpu(), color="C0", alpha=0.4, linewidth=1)
+        axis.plot(run.actions[:30, :20, 0].T.cpu() / 5, color="C1", alpha=0.4, linewidth=1)
+        axis.set(xlabel="step", ylabel="angle [rad] (blue), torque [5 N m] (orange)", title=name, ylim=(-1.6, 1.6))
     for k, (name, theta) in enumerate(designs.items()):
         places = [i + 0.4 * k for i in range(len(theta))]
         axes[2].bar(places, [float(value) for value in theta.values()], width=0.4, label=name)

@@ -31,12 +31,13 @@ from benchmarks.mujoco_models import Feature, features, refused
 from benchmarks.mujoco_reference import State, World, world
 from benchmarks.mujoco_second import judge_second
 from benchmarks.mujoco_tasks import states
+from sim2real.simulators.mujoco_acceleration import Backend
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_model import mujoco_model
 from sim2real.simulators.warp_functions import DerivativeOrderError
 
 
-def measured(feature: Feature, count: int, second: int, *, backend: str = "auto") -> tuple[Judged, float | None]:
+def measured(feature: Feature, count: int, second: int, *, backend: Backend = "auto") -> tuple[Judged, float | None]:
     """Errors of one feature; the largest of products with the Hessian, None where these are refused."""
     w = world(mujoco.MjSpec.from_string(feature.xml))
     drawn = [s for s in states(w, count, keep=feature.keep, **feature.draw) if derivative_exists(w, s, backend)]
@@ -50,7 +51,7 @@ def measured(feature: Feature, count: int, second: int, *, backend: str = "auto"
     return found, max(float(np.nanmax(e[good], initial=0.0)) for e in hvp.errors.values())
 
 
-def derivative_exists(w: World, state: State, backend: str) -> bool:
+def derivative_exists(w: World, state: State, backend: Backend) -> bool:
     """Whether the library gives derivatives at this state: it refuses those at which the collider is not smooth."""
     inputs = batch(w.model, [state], ())
     step = library_step(w.model, (), backend)

@@ -27,11 +27,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.mujoco_reference import JOINT, Array, Columns, State, World, after, by_field, by_state, residual, value
-from sim2real.simulators.mujoco_acceleration import acceleration_program
-from sim2real.simulators.mujoco_forward import integration
-from sim2real.simulators.mujoco_integrators import activations, add_tangent, coordinates, engine_step, tangent
-from sim2real.simulators.mujoco_structure import FIELDS, nominal_fields, structure
-from sim2real.simulators.warp_functions import evaluate
+from sim2real.simulators.mujoco_acceleration import Backend
+from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
+from sim2real.simulators.mujoco_integrators import add_tangent
+from sim2real.simulators.mujoco_structure import FIELDS, check_fields, structure
+from sim2real.simulators.mujoco_system import advance, mujoco_system
 
 FLOOR = 1e-2
 SMALLEST = 1e-6
@@ -57,26 +57,14 @@ class Judged:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def library_step(model: mujoco.MjModel, names: tuple[str, ...], backend: str = "auto") -> Step:
+def library_step(model: mujoco.MjModel, names: tuple[str, ...], backend: Backend = "auto") -> Step:
     """The library's step from (q, v, act, ctrl and the fields `names`) `[B, ...]` to (qpos, v, act)."""
-    tables = structure(model)
-    scheme, kind = integration(tables.model)
-    program = acceleration_program(tables, names, backend=backend, kind=kind)  # type: ignore[arg-type]
-    table, muscles, nominal = coordinates(tables.model), activations(tables.model), nominal_fields(tables)
+    system = mujoco_system(model, names, backend=backend)
 
     def step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        force = torch.zeros_like(inputs["v"])
-        fields = tuple(inputs[name] for name in names)
-
-        def acceleration(q: Tensor, v: Tensor, act: Tensor, ctrl: Tensor) -> Tensor:
-            base, d = tangent(table, q)
-            return evaluate(program, base, d, v, act, ctrl, force, *fields)[0]
-
-        dynprm = inputs.get("actuator_dynprm", nominal["actuator_dynprm"])
-        moved = add_tangent(table, inputs["qpos"], inputs["q"])
-        return engine_step(
-            table, muscles, acceleration, (moved, inputs["v"], inputs["act"]), inputs["ctrl"], dynprm, scheme=scheme
-        )
+        at = add_tangent(system.coordinates, inputs["qpos"], inputs["q"])
+        state = (at, inputs["v"], inputs["act"])
+        return advance(system, inputs, state, inputs["ctrl"], torch.zeros_like(inputs["v"]))
 
     return step
 
@@ -119,8 +107,17 @@ def judged(model: mujoco.MjModel, name: str, index: tuple[int, ...], nominal: Ar
 
 
 def fields_of(model: mujoco.MjModel) -> tuple[str, ...]:
-    """Physical fields of which the model has entries."""
-    return tuple(name for name in FIELDS if value(model, name).size)
+    """Physical fields of which the model has entries, and which the library does not refuse for it."""
+    tables = structure(model)
+    found = []
+    for name in FIELDS:
+        try:
+            check_fields(tables, (name,))
+        except MujocoUnsupportedError:
+            continue
+        if value(model, name).size:
+            found.append(name)
+    return tuple(found)
 
 
 def positions_to_tangent(model: mujoco.MjModel, qpos: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def positions_to_tangent(model: mujoco.MjModel, qpos: Tensor) -> Tensor:
     return out
 
 
-def judge(w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: str = "auto") -> Judged:
+def judge(w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: Backend = "auto") -> Judged:
     """Errors of the library's VJP and JVP at every state."""
     m, names = w.model, tuple(picked)
     inputs, step = batch(m, states, names), library_step(m, names, backend)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.mujoco_judge import KINDS, SMALLEST, Entries, Step, batch, gradients, library_step
 from benchmarks.mujoco_reference import Array, State, World, edit, marked, moved, value
+from sim2real.simulators.mujoco_acceleration import Backend
 
 STEPS = (1e-5, 1e-6, 1e-4)
 PART = 1e-2
@@ -33,7 +34,7 @@ class SecondOrder:
 
 
 def judge_second(
-    w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: str = "auto"
+    w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, backend: Backend = "auto"
 ) -> SecondOrder:
     """Errors of products with the Hessian; raises what the library raises where it has none."""
     names = tuple(picked)

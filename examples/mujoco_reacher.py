@@ -38,13 +38,13 @@ TIP, GOAL = 3, 4
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = 150
+    iterations: int = 100
     episodes: int = 64
     """per iteration"""
     steps: int = 50
     """of 20 ms"""
     hidden: int = 64
-    rate: float = 5e-3
+    rate: float = 3e-3
     judged: int = 256
 
 
@@ -53,6 +53,8 @@ def reacher() -> tuple[ModelMDP, mujoco.MjModel]:
     file = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / "reacher.xml"
     spec = mujoco.MjSpec.from_file(str(file))
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    for actuator in spec.actuators:
+        actuator.gear[0] = 20.0  # the file's 200 is for agents that tremble
     model = spec.compile()
     system = mujoco_system(model)
 
@@ -71,12 +73,16 @@ class Features(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         angles = s[..., :2]
-        return torch.cat([angles.cos(), angles.sin(), s[..., 4:6] / 10.0, 10.0 * s[..., 2:4]], -1)
+        return torch.cat([angles.cos(), angles.sin(), s[..., 4:6] / 5.0, 10.0 * s[..., 2:4]], -1)
 
 
 def network(hidden: int) -> nn.Module:
-    """Torques within their limits."""
-    layers = (nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2), nn.Tanh())
+    """Torques, at first nearly none."""
+    last = nn.Linear(hidden, 2)
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    layers = (nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
     return nn.Sequential(Features(), *layers).double()
 
 
@@ -129,7 +135,7 @@ def main(settings: Settings, seed: int, gif: str | None) -> Figure:
         noise = sample_noise(mdp, policy, settings.episodes, settings.steps, generator)
         estimate = pathwise_gradient(mdp, policy, {}, nu, noise)
         assign_grads(nu, estimate.grad)
-        nn.utils.clip_grad_norm_(nu.values(), 10.0)
+        nn.utils.clip_grad_norm_(nu.values(), 1.0)
         optimizer.step()
         schedule.step()
         returns.append(float(estimate.value))

@@ -57,11 +57,11 @@ LAUNCH = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = 12
-    goals: int = 8
+    iterations: int = 8
+    goals: int = 6
     steps: int = 60
     """of 20 ms"""
-    rate: float = 0.04
+    rate: float = 0.06
     seconds: float = 8.0
     """of the log"""
 

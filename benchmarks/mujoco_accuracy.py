@@ -5,6 +5,8 @@
     max                     largest error of all inputs, states and models where the scaled residual is <= 1e-9
     gated                   largest share of a model's states that are not
     switched                largest share of a model's states without a reference by q or v: a kink on the way
+    unsure                  largest share of states and inputs that are left out of max, since the differences say of
+                            themselves that they are uncertain by more than 1e-6
     hvp                     largest error of products with the Hessian against differences of the VJP
     uncertain               largest median of what the differences say of their own error
     MODEL-...               the same of each model
@@ -28,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, main
-from benchmarks.mujoco_judge import RESIDUAL, Judged, entries, fields_of, judge
+from benchmarks.mujoco_judge import RESIDUAL, Judged, entries, fields_of, judge, largest, unsure
 from benchmarks.mujoco_reference import World, world
 from benchmarks.mujoco_second import judge_second
 from benchmarks.mujoco_tasks import STOCK, states, stock, with_integrator
@@ -54,8 +56,8 @@ def judged_model(name: str, count: int, second: int, integrator: str | None) -> 
     found = judge(w, drawn, picked)
     hvp = judge_second(w, drawn[:second], picked) if second else None
     good = found.residual[:second] <= RESIDUAL
-    largest = max(float(np.nanmax(e[good], initial=0.0)) for e in hvp.errors.values()) if hvp else 0.0
-    return found, largest
+    worst = max(float(np.nanmax(e[good], initial=0.0)) for e in hvp.errors.values()) if hvp else 0.0
+    return found, worst
 
 
 def summary(found: Judged) -> dict[str, float]:
@@ -67,7 +69,8 @@ def summary(found: Judged) -> dict[str, float]:
         "q-median": median(["q"]),
         "v-median": median(["v"]),
         "parameters-median": median(fields),
-        "max": max(float(np.nanmax(e[good], initial=0.0)) for e in found.errors.values()),
+        "max": largest(found),
+        "unsure": unsure(found),
         "gated": float(1 - good.mean()),
         "switched": float(np.mean(np.isnan(found.errors["q"]) | np.isnan(found.errors["v"]))),
         "uncertain": max(float(np.median(u[good])) for u in found.uncertain.values()),
@@ -90,7 +93,7 @@ def accuracy(quick: bool, names: Sequence[str] = STOCK) -> Iterator[Figure]:
             )
 
 
-SHARES = ("gated", "switched")
+SHARES = ("gated", "switched", "unsure")
 BARS = {"q-median": 1e-8, "v-median": 5e-8, "parameters-median": 5e-8, "max": 3e-6, "gated": 0.1, "hvp": 1e-6}
 
 

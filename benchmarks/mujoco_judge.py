@@ -43,6 +43,10 @@ Entries = dict[str, list[tuple[int, ...]]]
 Step = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
+SURE = 1e-6
+"""relative uncertainty of the reference above which it judges nothing"""
+
+
 @dataclass(frozen=True, eq=False)
 class Judged:
     """Errors of N states; nan where the active set changes within the reference's differences."""
@@ -177,6 +181,21 @@ def judge(w: World, states: Sequence[State], picked: Entries, *, seed: int = 0, 
         kink = np.isnan(np.stack([errors[name] for name in names])).any(0)
         errors["fields"] = np.where(kink, np.nan, relative(pushed - moves, moves))
     return Judged(errors, uncertain, np.array([residual(w, state) for state in states]), value_error)
+
+
+def largest(found: Judged) -> float:
+    """Largest error where the solver converged and the reference is sure of itself."""
+    good = found.residual <= RESIDUAL
+    worst = 0.0
+    for kind, errors in found.errors.items():
+        sure = found.uncertain[kind] <= SURE if kind in found.uncertain else np.ones_like(good)
+        worst = max(worst, float(np.nanmax(errors[good & sure], initial=0.0)))
+    return worst
+
+
+def unsure(found: Judged) -> float:
+    """Share of states and inputs of which the reference is not sure."""
+    return float(np.mean([spread > SURE for spread in found.uncertain.values()]))
 
 
 def scale(model: mujoco.MjModel, kind: str, picked: Entries) -> Array:

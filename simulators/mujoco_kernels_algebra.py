@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from sim2real.simulators.warp_dual import tangents
-from sim2real.simulators.warp_graph import Node, constant, variable
+from sim2real.simulators.warp_graph import Node, variable
 from sim2real.simulators.warp_source import statements
 
 PRECISION = torch.float64
@@ -73,10 +73,6 @@ def piece_text(piece: Piece, *, dual: bool) -> str:
 def _numbers(lines: Sequence[str], results: Sequence[str]) -> list[str]:
     """Indices of the inputs that a text reads."""
     return [part.split("]")[0] for line in (*lines, *results) for part in line.split("x[")[1:]]
-
-
-def zeros(count: int) -> list[Node]:
-    return [constant(0.0)] * count
 
 
 def algebra(*, dual: bool) -> str:

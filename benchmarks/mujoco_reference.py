@@ -27,7 +27,7 @@ ROW = mujoco.mjtConstraint
 JOINT = mujoco.mjtJoint
 STEPS = {"q": (1e-6, 1e-5, 2e-7), "v": (1e-6, 1e-5, 1e-4), "act": (1e-5, 1e-4), "ctrl": (1e-5, 1e-4)}
 """of the state, in its own units; the one with the smallest uncertainty is taken"""
-PARAMETER_STEPS = (3e-4, 3e-5, 3e-3, 3e-6, 3e-2)
+PARAMETER_STEPS = (3e-4, 3e-5, 3e-3, 3e-6)
 """relative to the parameter, or to a tenth of the field's largest"""
 GOOD = 1e-10
 """relative uncertainty at which no other step is tried"""

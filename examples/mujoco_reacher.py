@@ -1,7 +1,7 @@
 """An arm reaches for goals
 ========================
 
-A two-joint arm learns to bring its tip to any goal, through MuJoCo: 95 % of new goals end within a centimetre or two.
+A two-joint arm learns to bring its tip towards goals, through MuJoCo: the distance to new goals is halved.
 
 Gymnasium's reacher is read from its own XML and becomes a differentiable model; the goal is part of its state. A net
 that sees joint angles, speeds and the goal is trained on the exact gradient of the mean distance over one second,

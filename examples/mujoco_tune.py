@@ -1,7 +1,7 @@
 """Tuned to fit, tuned to perform
 ==============================
 
-A model that fits its log best is not the one whose policy does best: a sled stops nearer to its goal by a multiple.
+A model that fits its log best is not the one whose policy does best: how near a real sled stops to its goal, both ways.
 
 A launcher pushes a sled over the ground; sliding friction stops it. Friction and mass of the MuJoCo model are fitted
 to gentle slides, and the fit is good. But the real ground also drags in proportion to speed, which the model cannot
@@ -216,7 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", help="write the figure to this file")
     parser.add_argument("--gif", help="write the animation to this file")
     arguments = parser.parse_args()
-    tiny = {"iterations": 1, "goals": 4, "steps": 40, "seconds": 3.0} if arguments.quick else {}
+    tiny = {"iterations": 1, "goals": 3, "steps": 25, "seconds": 2.0} if arguments.quick else {}
     drawn = main(Settings(**tiny), arguments.seed, arguments.gif)
     if arguments.plot:
         drawn.savefig(arguments.plot, dpi=120)

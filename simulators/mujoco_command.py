@@ -47,6 +47,10 @@ def mujoco_from_xml(
     """
     spec = _spec(xml, folder, timestep)
     step = float(spec.option.timestep)
+    if dt is not None and not 0.0 < dt < float("inf"):
+        raise ValueError(f"dt must be a finite period above 0 s, got {dt}")
+    if not step > 1e-5 * (dt or 0.0):
+        raise ValueError(f"'{xml}' steps at {step:g} s; give a sensible time step with model.timestep=0.001")
     skip = 1 if dt is None else round(dt / step)
     if dt is not None and (skip < 1 or abs(skip * step - dt) > 1e-6 * dt):
         finer = dt / max(-(-dt // step), 1.0)

@@ -138,10 +138,16 @@ def _averages(model: mujoco.MjModel) -> Array:
 def restore_weights(model: mujoco.MjModel) -> None:
     """Put the weights that `save_xml` stored as custom numerics back into a freshly compiled model (in place)."""
     for name in WEIGHTS:
-        array = getattr(model, name).reshape(-1)
-        index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_NUMERIC, STORED.format(name))
-        if index < 0:
-            continue
-        first, size = int(model.numeric_adr[index]), int(model.numeric_size[index])
-        if size == array.size:
-            array[:] = model.numeric_data[first : first + size]
+        array, found = getattr(model, name).reshape(-1), stored_numbers(model, name)
+        if found is not None and found.size == array.size:
+            array[:] = found
+
+
+def stored_numbers(model: mujoco.MjModel, name: str) -> NDArray[np.float64] | None:
+    """The numbers that `save_xml` stored under a name."""
+    index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_NUMERIC, STORED.format(name))
+    if index < 0:
+        return None
+    first = int(model.numeric_adr[index])
+    found: NDArray[np.float64] = model.numeric_data[first : first + int(model.numeric_size[index])]
+    return found

@@ -94,8 +94,8 @@ def mujoco_model(
 
     initial: start state `[nq + nv + na]` or the name of a keyframe, None: qpos0 at rest; initial_std: of its tangent
     displacement and velocity (two numbers, one for both, or `[2 nv]`), in rad or m and per s. force_std: of the
-    generalised force that is the process noise, N or N m (`[nv]` or one number); None: no process noise. delay in s is
-    at most what fits the box of theta's "delay", where it is a parameter.
+    generalised force that is the process noise, N or N m (`[nv]` or one number); None: no process noise. delay: of the
+    commands, in s; where it is to be a parameter, "delay" stands in theta instead, with its start and bounds.
 
     truncation: the state is cut from its past every so many steps (`[B, 1]` counts them at the end of the state).
     guard: bounds each environment's cotangent in reverse mode, see `gradient_guard`. segment: an `open_loop` rollout
@@ -111,6 +111,9 @@ def mujoco_model(
     _check_settings(frame_skip, delay, truncation, segment)
     with engine_messages():
         model = source if isinstance(source, mujoco.MjModel) else _compiled(source, theta)
+    time_step = float(model.opt.timestep)
+    if not 0.0 < time_step < float("inf"):
+        raise ValueError(f"the time step of the model must be a positive number of seconds, got {time_step:g}")
     if check_pairs:
         check_contact_pairs(model)
     tables = structure(model)
@@ -118,7 +121,8 @@ def mujoco_model(
     names = tuple(fields({key: torch.as_tensor(value) for key, value in box.default.items()}))
     build = partial(mujoco_system, names=names, backend=backend, threads=threads, tolerance=tolerance, strict=strict)
     system = smoothed_system(model, smoothing, names, build)
-    time_step = float(model.opt.timestep)
+    if delay and DELAY in box.default:
+        raise ValueError(f"delay={delay} s next to theta's 'delay', which replaces it; give that one a default instead")
     longest = box.high[DELAY] if DELAY in box.default else delay
     settings = StepSettings(
         fields=fields,

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from sim2real.bounds import Box
 from sim2real.params import Params
-from sim2real.simulators.mujoco_inertia import inverse_weights, log_cholesky, pseudo_inertia, restore_weights
+from sim2real.simulators.mujoco_inertia import (
+    inverse_weights,
+    log_cholesky,
+    pseudo_inertia,
+    restore_weights,
+    stored_numbers,
+)
 from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_patches import Patch, make_patch, patched
 from sim2real.simulators.mujoco_properties import (
@@ -38,6 +44,7 @@ from sim2real.simulators.mujoco_properties import (
     find_property,
     places,
     shown_bounds,
+    shown_unit,
 )
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields
 from sim2real.simulators.mujoco_xml import STANDARD, XmlLimits, load_spec
@@ -63,6 +70,16 @@ class Parameter:
     scale: bool = False
     """the value multiplies the model's own numbers instead of replacing them; default 1"""
 
+    def __post_init__(self) -> None:
+        defaults = self.default if isinstance(self.default, tuple) else (self.default,)
+        for key, value in (("low", self.low), ("high", self.high), *(("default", each) for each in defaults)):
+            if value is not None and not isinstance(value, (int, float)):
+                raise TypeError(f"{key} must be a number, got {value!r}")
+        if not isinstance(self.scale, bool):
+            raise TypeError(f"scale must be true or false, got {self.scale!r}")
+        if not isinstance(self.targets, tuple) or not all(isinstance(target, str) for target in self.targets):
+            raise TypeError(f"targets must be a tuple of names, got {self.targets!r}")
+
 
 ThetaSpec = Sequence[str] | Mapping[str, Parameter | Sequence[Any] | None]
 """names; or name -> `Parameter`, (low, high), or None"""
@@ -74,6 +91,7 @@ class _Target:
 
     row: Property
     index: int
+    component: int | None
     places: tuple[Place, ...]
     shape: tuple[int, ...]
     nominal: Tensor
@@ -93,7 +111,10 @@ def parameters_of(spec: ThetaSpec) -> dict[str, Parameter]:
         elif value is None:
             entry = Parameter()
         elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
-            entry = Parameter(low=float(value[0]), high=float(value[1]))
+            try:
+                entry = Parameter(low=float(value[0]), high=float(value[1]))
+            except (TypeError, ValueError) as error:
+                raise ParameterNameError(f"theta['{name}'] = {value!r}: bounds must be numbers") from error
         else:
             raise ParameterNameError(f"theta['{name}'] = {value!r}: expected a Parameter, (low, high) or None")
         if not entry.targets and name != DELAY:
@@ -214,7 +235,7 @@ def _targets(model: mujoco.MjModel, entry: Parameter, nominal: dict[str, Tensor]
                 first = {place.component: place for place in reversed(at)}
                 flat = [nominal[p.field].flatten()[p.position] / p.factor for _, p in sorted(first.items())]
                 value = torch.stack(flat).reshape(shape)
-            found.append(_Target(row, index, at, shape, value))
+            found.append(_Target(row, index, component, at, shape, value))
     return tuple(found)
 
 
@@ -233,7 +254,7 @@ def _inertial_target(
             value = log_cholesky(mass, com, six)
         except ValueError as error:
             raise ParameterNameError(f"'{name}': {error}") from error
-    return _Target(row, body, at, (10,), value)
+    return _Target(row, body, None, at, (10,), value)
 
 
 def _matches(model: mujoco.MjModel, name: str) -> list[str]:
@@ -278,15 +299,22 @@ def _box(model: mujoco.MjModel, entries: Mapping[str, Parameter], resolved: Mapp
     for name, entry in entries.items():
         targets = resolved[name]
         if not targets:  # the delay
-            bounds, nominal, unit[name] = (0.0, 0.1), torch.zeros((), dtype=torch.float64), "s"
+            stored = stored_numbers(model, DELAY)
+            nominal = torch.tensor(0.0 if stored is None else float(stored[0]), dtype=torch.float64)
+            bounds, unit[name] = (0.0, max(0.1, 2.0 * float(nominal))), "s"
         elif entry.scale:
             bounds, nominal, unit[name] = (0.1, 10.0), torch.ones((), dtype=torch.float64), "1"
         else:
             nominal = torch.stack([target.nominal for target in targets]).mean(0)
             bounds = shown_bounds(targets[0].row, np.concatenate([t.nominal.numpy().reshape(-1) for t in targets]))
-            unit[name] = targets[0].row.unit(model, targets[0].index)
+            unit[name] = shown_unit(targets[0].row, model, targets[0].index, targets[0].component)
         if entry.default is not None:
-            nominal = torch.as_tensor(entry.default, dtype=torch.float64).expand(nominal.shape).clone()
+            given = torch.as_tensor(entry.default, dtype=torch.float64)
+            if given.shape not in ((), nominal.shape):
+                raise ParameterNameError(
+                    f"theta['{name}'] has {max(nominal.numel(), 1)} numbers, its default {given.tolist()}"
+                )
+            nominal = given.expand(nominal.shape).clone()
         low[name] = bounds[0] if entry.low is None else entry.low
         high[name] = bounds[1] if entry.high is None else entry.high
         if not low[name] <= float(nominal.min()) <= float(nominal.max()) <= high[name]:

@@ -87,6 +87,18 @@ def _joint_unit(turning: str, sliding: str) -> Callable[[mujoco.MjModel, int], s
     return lambda model, index: sliding if int(model.jnt_type[index]) == slide else turning
 
 
+def _servo_unit(turning: str, sliding: str) -> Callable[[mujoco.MjModel, int], str]:
+    """Of a servo on a joint; of one on a tendon, which is a length, as of a slide."""
+    by_joint, kinds = _joint_unit(turning, sliding), mujoco.mjtTrn
+    of_joint = (int(kinds.mjTRN_JOINT), int(kinds.mjTRN_JOINTINPARENT))
+
+    def unit(model: mujoco.MjModel, index: int) -> str:
+        on_joint = int(model.actuator_trntype[index]) in of_joint
+        return by_joint(model, int(model.actuator_trnid[index, 0])) if on_joint else sliding
+
+    return unit
+
+
 def _table() -> tuple[Property, ...]:
     nan = float("nan")
     body = "no joint moves the body, or its motion in this rollout does not feel it"
@@ -95,6 +107,7 @@ def _table() -> tuple[Property, ...]:
     touch = "no contact of the geom carries force here, or the other geom's value counts (friction: the larger one)"
     idle = "the actuator's command is zero in this rollout"
     slack = "the tendon stands still or is slack in this rollout"
+    held = "the servo is at its target"
     rows = [
         ("body", "mass", "body_mass", 0, {}, _always("kg"), 1e-6, 1.0, body),
         ("body", "com", "body_ipos", 3, _XYZ, _always("m"), nan, 0.2, body),
@@ -112,15 +125,15 @@ def _table() -> tuple[Property, ...]:
         ("geom", "friction", "geom_friction", 3, _GRIP, _always("1, m, m"), 0.0, 1.0, touch),
         ("geom", "solref", "geom_solref", 2, _SOFT, _always("s, 1"), nan, 1.0, touch),
         ("geom", "solimp", "geom_solimp", 5, _IMPEDANCE, _always("1"), nan, 0.5, touch),
-        ("pair", "friction", "pair_friction", 5, _PAIR_GRIP, _always("1, m, m"), 0.0, 1.0, touch),
+        ("pair", "friction", "pair_friction", 5, _PAIR_GRIP, _always("1, 1, m, m, m"), 0.0, 1.0, touch),
         ("pair", "solref", "pair_solref", 2, _SOFT, _always("s, 1"), nan, 1.0, touch),
         ("pair", "solimp", "pair_solimp", 5, _IMPEDANCE, _always("1"), nan, 0.5, touch),
         ("actuator", "gear", "actuator_gear", 0, {}, _always("1"), nan, 10.0, idle),
         ("actuator", "gears", "actuator_gear", 6, {}, _always("1"), nan, 10.0, idle),
         ("actuator", "gain", "actuator_gainprm", 3, {}, _always("1"), nan, 10.0, idle),
         ("actuator", "bias", "actuator_biasprm", 3, {}, _always("1"), nan, 10.0, idle),
-        ("actuator", "kp", "actuator_gainprm", 0, {}, _always("N/1"), 0.0, 100.0, "the servo is at its target"),
-        ("actuator", "kv", "actuator_gainprm", 0, {}, _always("N s/1"), 0.0, 10.0, "the servo is at its target"),
+        ("actuator", "kp", "actuator_gainprm", 0, {}, _servo_unit("N m/rad", "N/m"), 0.0, 100.0, held),
+        ("actuator", "kv", "actuator_gainprm", 0, {}, _servo_unit("N m s/rad", "N s/m"), 0.0, 10.0, held),
         ("actuator", "time_constant", "actuator_dynprm", 0, {}, _always("s"), 1e-4, 1.0, "the command is constant"),
         ("tendon", "stiffness", "tendon_stiffness", 0, {}, _always("N/m"), 0.0, 100.0, slack),
         ("tendon", "damping", "tendon_damping", 0, {}, _always("N s/m"), 0.0, 10.0, slack),
@@ -202,6 +215,12 @@ def shown_bounds(row: Property, nominal: Array) -> tuple[float, float]:
         return float(nominal.min()) - around, float(nominal.max()) + around
     low = 0.01 * float(nominal.min()) if row.name == "mass" and nominal.min() > 0 else row.low
     return low, 10.0 * most if most > 0 else row.reach
+
+
+def shown_unit(row: Property, model: mujoco.MjModel, index: int, component: int | None) -> str:
+    """The unit of one element's property, or of one component where these differ (friction: 1, m, m)."""
+    units = row.unit(model, index).split(", ")
+    return ", ".join(units) if component is None else units[min(component, len(units) - 1)]
 
 
 def nearest_names(word: str, known: Iterable[str]) -> str:

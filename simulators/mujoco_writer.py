@@ -91,12 +91,24 @@ def save_xml(
     _keep_weights(editable, wanted)
     xml = _written(editable)
     _check_return(xml, editable.assets, wanted, path)
+    beside = _beside(path, editable.assets)
     write_atomic(path, xml.encode())
-    for name, content in editable.assets.items():
-        beside = path.parent / name
-        if path.parent.resolve() in beside.resolve().parents:
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(beside, content if isinstance(content, bytes) else str(content).encode())
+    for target, content in beside.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, content)
+
+
+def _beside(path: Path, assets: Mapping[str, bytes | str]) -> dict[Path, bytes]:
+    """Where the files that the XML names are written; `XmlWriteError` for a place outside, or one that is taken."""
+    found = {}
+    for name, content in assets.items():
+        target = path.parent / name
+        found[target] = content if isinstance(content, bytes) else str(content).encode()
+        if path.parent.resolve() not in target.resolve().parents:
+            raise XmlWriteError(f"'{path}' is not written: its '{name}' lies outside; write to a folder further down")
+        if target.resolve() == path.resolve() or (target.is_file() and target.read_bytes() != found[target]):
+            raise XmlWriteError(f"'{path}' is not written: its '{name}' would replace another file; take a new folder")
+    return found
 
 
 def _edit(spec: mujoco.MjSpec, model: mujoco.MjModel, fields: Mapping[str, Array]) -> None:

@@ -145,6 +145,9 @@ def test_evaluate_takes_the_parameter_file_or_the_written_xml(
         (["theta=[for.mass]"], 1, "'for.mass': the model has no such element; did you mean 'fore.mass'"),
         (["theta={fore.mass: [1,2]}"], 1, "outside its bounds (1, 2)"),
         (["theta={d: {targts: '*.damping'}}"], 1, "expected the keys targets, low, high, default, scale"),
+        (["theta={fore.mass: {low: light}}"], 1, "theta['fore.mass'] = {'low': 'light'}: expected"),
+        (["theta={fore.mass: {default: x}}"], 1, "default must be a number, got 'x'"),
+        (["theta={fore.mass: {scale: maybe}}"], 1, "scale must be true or false, got 'maybe'"),
         ([THETA, "theta.fore.mas=1"], 2, "no parameter 'fore.mas'; did you mean 'fore.mass'"),
         ([THETA, "theta.fore.mass=heavy"], 2, "heavy"),
         ([THETA, "fit.free=[fore.mas]"], 2, "there is no 'fore.mas'; did you mean 'fore.mass'"),
@@ -152,6 +155,8 @@ def test_evaluate_takes_the_parameter_file_or_the_written_xml(
         ([THETA, "model.weights=thawed"], 2, "model.weights=thawed: expected one of frozen, moving"),
         ([THETA, "model.timestep=0.003"], 1, "steps at 0.003 s, which does not divide the control period of 0.01 s"),
         ([THETA, "model.timestep=-1"], 1, "timestep must be a positive number of seconds, got -1"),
+        ([THETA, "model.dt=0"], 1, "dt must be a finite period above 0 s"),
+        ([THETA, "xml={data}/stopped.xml"], 1, "steps at 0 s; give a sensible time step with model.timestep"),
         ([THETA, "model.initial=home"], 1, "has no keyframe 'home'"),
         ([THETA, "xml=none.xml"], 1, "xml='none.xml' cannot be read: No such file or directory"),
         ([THETA, "xml={data}/schema.yaml"], 1, "'schema.yaml', line 2: is not well-formed XML"),
@@ -163,6 +168,7 @@ def test_what_is_wrong_is_said_with_file_and_name(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], code: int, message: str
 ) -> None:
     (data / "hostile.xml").write_text("<mujoco><include file='/etc/passwd'/></mujoco>")
+    (data / "stopped.xml").write_text(ROBOT.replace("0.005", "0"))
     given = [word.replace("{data}", str(data)) for word in change]
     ended, _, err = run(capsys, words(data, "fit", f"out={tmp_path}", *given))
     assert ended == code, err

@@ -69,7 +69,8 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 
 def _ball(integrator: str = "Euler", cone: str = "pyramidal", **settings: Any) -> ModelMDP:
     spec = mujoco.MjSpec.from_string(BALL.format(integrator=integrator, cone=cone))
-    return mujoco_model(spec, THETA, _none, **{"initial_std": (0.02, 0.5), "backend": "torch"} | settings)
+    theta = settings.pop("theta", THETA)
+    return mujoco_model(spec, theta, _none, **{"initial_std": (0.02, 0.5), "backend": "torch"} | settings)
 
 
 def _system(mdp: ModelMDP) -> MujocoSystem:
@@ -569,6 +570,7 @@ def test_an_unconverged_solver_warns_or_raises() -> None:
         ({"truncation": 0}, "truncation must be at least 1"),
         ({"segment": 0}, "segment must be at least 1"),
         ({"delay": -0.1}, "delay must be"),
+        ({"delay": 0.01, "theta": ["delay"]}, "next to theta's 'delay', which replaces it"),
         ({"initial": "home"}, "no keyframe 'home'"),
         ({"initial": torch.zeros(3)}, "length 15"),
         ({"initial_std": -1.0}, "none negative"),

@@ -77,12 +77,12 @@ READ = [
     ("shoulder.limit_solref", "jnt_solref", (0,), "s, 1"),
     ("elbow.friction_solimp", "dof_solimp", (1,), "1"),
     ("floor.friction", "geom_friction", (0,), "1, m, m"),
-    ("floor.friction.slide", "geom_friction", (0, 0), "1, m, m"),
-    ("geom:ball.solref.time_constant", "geom_solref", (4, 0), "s, 1"),
+    ("floor.friction.slide", "geom_friction", (0, 0), "1"),
+    ("geom:ball.solref.time_constant", "geom_solref", (4, 0), "s"),
     ("geom@2.solimp", "geom_solimp", (2,), "1"),
     ("hold.gear", "actuator_gear", (0, 0), "1"),
-    ("hold.kp", "actuator_gainprm", (0, 0), "N/1"),
-    ("spin.kv", "actuator_gainprm", (1, 0), "N s/1"),
+    ("hold.kp", "actuator_gainprm", (0, 0), "N m/rad"),
+    ("spin.kv", "actuator_gainprm", (1, 0), "N m s/rad"),
     ("lag.time_constant", "actuator_dynprm", (2, 0), "s"),
     ("cord.stiffness", "tendon_stiffness", (0,), "N/m"),
     ("gear.solref", "eq_solref", (0,), "s, 1"),
@@ -277,6 +277,8 @@ def test_simple_bodies_are_compiled_so_that_inertia_counts() -> None:
         ({"x": Parameter(("hand.mass", "hand.com"))}, r"of different lengths; split it"),
         ({"hand.mass": (5.0, 9.0)}, r"theta\['hand.mass'\] starts at .* kg, outside its bounds \(5, 9\)"),
         ({"hand.mass": 3.0}, r"expected a Parameter, \(low, high\) or None"),
+        ({"hand.mass": ("light", "heavy")}, r"theta\['hand.mass'\] = .*: bounds must be numbers"),
+        ({"hand.com": Parameter(default=(0.0, 1.0))}, r"theta\['hand.com'\] has 3 numbers, its default \[0.0, 1.0\]"),
         ([], r"theta names no parameter"),
         ("hand.mass", r"theta is the text 'hand.mass'"),
     ],
@@ -328,6 +330,12 @@ WRITTEN = {
 }
 
 
+def test_a_component_has_its_own_unit(tables: Structure) -> None:
+    names = ["floor.friction", "geom:ball.friction.slide", "geom:ball.friction.roll", "geom:ball.solref.time_constant"]
+    box, _ = field_map(tables, names)
+    assert [box.unit[name] for name in names] == ["1, m, m", "1", "m", "s"]
+
+
 def perturbed(box: Box) -> Params:
     generator = torch.Generator().manual_seed(2)
     theta = default_params(box)
@@ -349,7 +357,7 @@ def test_the_identified_xml_reads_back_the_same(tmp_path: Path, weights: Any) ->
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12 * scale)
     # theta read back from the file is the theta written, and the rollout is the one of the fields
     for name, value in default_params(field_map(again, WRITTEN)[0]).items():
-        if name not in ("damping", "delay"):  # a scale starts at 1 again; the delay is no number of the model
+        if name != "damping":  # a scale starts at 1 again
             torch.testing.assert_close(value, theta[name], rtol=1e-9, atol=1e-12)
     assert np.allclose(states(again.model), states(edited(tables.model, wanted)), rtol=0, atol=1e-9)
     if weights == "moving":  # nothing of ours is needed to read it
@@ -401,6 +409,14 @@ def test_meshes_are_written_beside_and_trouble_is_named(tmp_path: Path) -> None:
     assert parameter_model(out, ["m.mass"]).body_mass[1] == 3.0
     with pytest.raises(ValueError, match="one value per environment"):
         save_xml(out, tmp_path / "mesh.xml", ["m.mass"], {"m.mass": torch.ones(2)})
+    (out.parent / "meshes" / "m.obj").write_text("mine")
+    with pytest.raises(XmlWriteError, match=r"its 'meshes/m.obj' would replace another file"):
+        save_xml(out, tmp_path / "mesh.xml", ["m.mass"], theta)
+    (out.parent / "meshes" / "m.obj").write_bytes(obj)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mesh.xml").write_text(mesh.replace("meshdir='meshes'", "meshdir='../meshes'"))
+    with pytest.raises(XmlWriteError, match="lies outside"):
+        save_xml(out, tmp_path / "sub" / "mesh.xml", ["m.mass"], theta, folder=tmp_path)
     before = out.read_bytes()
     with pytest.raises((XmlWriteError, ValueError)):
         save_xml(out, tmp_path / "mesh.xml", ["m.mass"], {"m.mass": number(-1.0)})

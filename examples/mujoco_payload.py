@@ -115,7 +115,7 @@ def draw(found: FitResult) -> Figure:
         right.plot(row.value / truth, place, "o", color="C0")
     right.axvline(1.0, color="k", linewidth=0.8)
     right.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows], xlabel="estimate over truth")
-    right.set_title("Estimates and 95 % intervals")
+    right.set_title("Estimates and 90 % intervals")
     return figure
 
 

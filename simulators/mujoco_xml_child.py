@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import struct
 import sys
@@ -21,6 +20,8 @@ HEAD = struct.Struct("<Q")
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until the other side closes the pipe."""
+    import resource  # noqa: F401
+
     import mujoco  # noqa: F401  once, before the forks
     import numpy  # noqa: F401
 
@@ -78,6 +79,8 @@ def _in_child(xml: bytes, assets: dict[str, bytes], limits: dict[str, Any]) -> d
 
 def _limit(limits: dict[str, Any]) -> None:
     """No files, no core dump, bounded memory and processor time; whatever MuJoCo prints is dropped."""
+    import resource  # not on Windows, where the parent refuses before it starts this
+
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)

@@ -22,7 +22,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ from sim2real.solvers.inversion_problem import (
     Inversion,
     Predict,
     detached,
+    edge_ranks,
     finished,
     inverse_problem,
     joined,
-    ranks,
     residuals,
     split,
 )
@@ -82,19 +82,18 @@ def invert(
     Rows that did not converge warn `UnconvergedWarning` when differentiated, under `strict` raise `UnconvergedError`.
     Raises `ValueError` for data that do not fit.
     """
-    options = {"precision": precision, "prior": prior, "prior_precision": prior_precision, "low": low, "high": high}
-    problem = inverse_problem(predict, theta, rows, outcome, start, **options)
+    terms: dict[str, Any] = {"precision": precision, "prior": prior, "prior_precision": prior_precision}
+    problem = inverse_problem(predict, theta, rows, outcome, start, low=low, high=high, **terms)
     full = min(start.shape[1], outcome.shape[1]) if full_rank is None else full_rank
     find = partial(search, tolerance=tolerance, max_steps=max_steps, full_rank=full)
     if not differentiable:
-        found = find(detached(problem), start.detach())
-        return _report(problem, found, found.u, full)
-    u, found = _layer(problem, start, find, full, curvature, strict)
-    return _report(problem, found, u, full)
-
-
-def _report(problem: InverseProblem, found: Found, u: Tensor, full_rank: int) -> Inversion:
-    return finished(problem, u, found.r, found.J, stationary=found.stationary, steps=found.steps, full_rank=full_rank)
+        plain, start = detached(problem), start.detach().double()
+        found = find(plain, start)
+        u, rank = found.u, edge_ranks(plain, found.u, found.J, start)
+    else:
+        u, found, rank = _layer(problem, start, find, full, curvature, strict)
+    stationary = found.stationary
+    return finished(problem, u, found.r, rank, stationary=stationary, steps=found.steps, full_rank=full)
 
 
 def _layer(
@@ -104,32 +103,32 @@ def _layer(
     full_rank: int,
     curvature: Curvature,
     strict: bool,
-) -> tuple[Tensor, Found]:
-    """u with derivatives, and the search behind it."""
+) -> tuple[Tensor, Found, Tensor]:
+    """u with derivatives, the search behind it, and the ranks."""
     ends: list[tuple[Found, Tensor]] = []
 
     def solver(tensors: Params, nu0: Params) -> Params:
         part = joined(problem, tensors)
         found = find(part, nu0["u"])
-        ends.append((found, ranks(part, found.J) < full_rank))
+        ends.append((found, edge_ranks(part, found.u, found.J, nu0["u"])))
         return {"u": found.u}
 
     def residual(tensors: Params, nu: Params) -> Params:
         part, u = joined(problem, tensors), nu["u"]
-        found, saturated = ends[0]
+        found, rank = ends[0]
         if curvature == "gauss_newton":
             slope = (found.J.mT @ residuals(part, u).unsqueeze(-1)).squeeze(-1)
         else:
-            r, pull = vjp(lambda x: residuals(part, x), u)
+            r, pull = vjp(lambda x: residuals(part, x), u)[:2]
             (slope,) = pull(r)
         at_low = found.held & (found.u <= part.low)
         slope = torch.where(found.held, u - torch.where(at_low, part.low, part.high), slope)
-        return {"u": torch.where(saturated.unsqueeze(-1), u - found.u, slope)}
+        return {"u": torch.where((rank < full_rank).unsqueeze(-1), u - found.u, slope)}
 
     layer = implicit_root(residual, solver, solve=_row_solve, tol=math.inf)  # rows are judged below
     u = layer(split(problem), {"u": start.detach()})["u"]
-    found, saturated = ends[0]
-    late = ~(found.stationary | saturated)
+    found, rank = ends[0]
+    late = ~(found.stationary | (rank < full_rank))
     if bool(late.any()):
         message = (
             f"invert: {int(late.sum())} of {len(u)} rows (first: {late.nonzero().flatten()[:5].tolist()}) did not "
@@ -138,7 +137,7 @@ def _layer(
         if strict:
             raise UnconvergedError(message)
         warnings.warn(message, UnconvergedWarning, stacklevel=3)
-    return u, found
+    return u, found, rank
 
 
 def _row_solve(matvec: Matvec, b: Params, *, batch_dims: int = 0) -> LinearSolution:

@@ -13,6 +13,7 @@ References: Kingma and Ba, Adam, 2015; Rubinstein and Kroese, The cross-entropy 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from sim2real.solvers.inversion_problem import (
     finished,
     inverse_problem,
     jacobian,
+    ranks,
     residuals,
     select,
 )
@@ -53,13 +55,13 @@ def invert_adam(
 
     The answer carries no derivatives. Other arguments and errors as for `inversion.invert`.
     """
-    options = {"precision": precision, "prior": prior, "prior_precision": prior_precision, "low": low, "high": high}
-    problem = detached(inverse_problem(predict, theta, rows, outcome, start, **options))
+    terms: dict[str, Any] = {"precision": precision, "prior": prior, "prior_precision": prior_precision}
+    problem = detached(inverse_problem(predict, theta, rows, outcome, start, low=low, high=high, **terms))
     index, part, u = torch.arange(len(start), device=start.device), problem, start.detach().double()
     answer, steps = u, torch.zeros_like(index)
     first, second = torch.zeros_like(u), torch.zeros_like(u)
     for t in range(1, max_steps + 1):
-        r, pull = vjp(lambda x, part=part: residuals(part, x), u)
+        r, pull = vjp(lambda x, part=part: residuals(part, x), u)[:2]
         moving = r.norm(dim=-1) > allowed(part, tolerance)
         if not bool(moving.any()):
             break
@@ -76,7 +78,13 @@ def invert_adam(
     r, J = jacobian(problem, answer)
     done, full = r.norm(dim=-1) <= allowed(problem, tolerance), min(start.shape[1], outcome.shape[1])
     return finished(
-        problem, answer, r, J, stationary=done, steps=steps, full_rank=full if full_rank is None else full_rank
+        problem,
+        answer,
+        r,
+        ranks(problem, J),
+        stationary=done,
+        steps=steps,
+        full_rank=full if full_rank is None else full_rank,
     )
 
 
@@ -103,8 +111,8 @@ def invert_cem(
     """Cross-entropy search from start with the standard deviation `spread` (units of u); otherwise as `invert_adam`."""
     if not 1 < elite <= samples:
         raise ValueError(f"elite must lie in 2 ... samples, got elite={elite} and samples={samples}")
-    options = {"precision": precision, "prior": prior, "prior_precision": prior_precision, "low": low, "high": high}
-    problem = detached(inverse_problem(predict, theta, rows, outcome, start, **options))
+    terms: dict[str, Any] = {"precision": precision, "prior": prior, "prior_precision": prior_precision}
+    problem = detached(inverse_problem(predict, theta, rows, outcome, start, low=low, high=high, **terms))
     mean = start.detach().double()
     count, width = mean.shape
     deviation, best = torch.full_like(mean, spread), mean
@@ -125,5 +133,11 @@ def invert_cem(
     done, full = r.norm(dim=-1) <= allowed(problem, tolerance), min(start.shape[1], outcome.shape[1])
     steps = torch.full_like(done, max_steps, dtype=torch.long)
     return finished(
-        problem, best, r, J, stationary=done, steps=steps, full_rank=full if full_rank is None else full_rank
+        problem,
+        best,
+        r,
+        ranks(problem, J),
+        stationary=done,
+        steps=steps,
+        full_rank=full if full_rank is None else full_rank,
     )

@@ -93,8 +93,9 @@ def inverse_problem(
             f"prior must be shaped like start, {tuple(start.shape)}, and needs prior_precision; got "
             f"{tuple(prior.shape)} and prior_precision {'None' if prior_precision is None else 'given'}"
         )
-    for name, value in {"outcome": outcome, "start": start, "prior": prior, **rows}.items():
-        if value is not None and not bool(torch.isfinite(value).all()):
+    data: dict[str, Tensor | None] = {"outcome": outcome, "start": start, "prior": prior, **rows}
+    for name, given in data.items():
+        if given is not None and not bool(torch.isfinite(given).all()):
             raise ValueError(f"{name} holds values that are not finite; drop or mask those rows first")
     bounds = [torch.as_tensor(b, dtype=start.dtype, device=start.device).expand_as(start) for b in (low, high)]
     outside = ((start < bounds[0]) | (start > bounds[1])).any(-1)
@@ -194,11 +195,11 @@ def jacobian(problem: InverseProblem, u: Tensor) -> tuple[Tensor, Tensor]:
         return residuals(replace(problem, theta=problem.theta | theta, rows=problem.rows | rows), x)
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent = jvp(at, (fixed, known, u), (*still, direction.expand_as(u)))
+        value, tangent = jvp(at, (fixed, known, u), (*still, direction.expand_as(u)))[:2]
         return value, tangent
 
-    value, columns = vmap(along, out_dims=(None, -1))(torch.eye(width, dtype=u.dtype, device=u.device))
-    return value, columns
+    value, columns = vmap(along, out_dims=(0, -1))(torch.eye(width, dtype=u.dtype, device=u.device))
+    return value[0], columns
 
 
 def data_residual(problem: InverseProblem, r: Tensor) -> Tensor:
@@ -224,11 +225,26 @@ def ranks(problem: InverseProblem, J: Tensor) -> Tensor:
     return (values > 1e-9 * values[:, :1]).sum(-1)
 
 
+def edge_ranks(problem: InverseProblem, u: Tensor, J: Tensor, start: Tensor) -> Tensor:
+    """`[N]` least rank at u and just before and behind it, as seen from start.
+
+    A search that comes from inside a limit ends on the edge of the set of answers, where J is still of full rank.
+    """
+    away = u - start
+    size = away.norm(dim=-1, keepdim=True)
+    along = torch.where(size > 0, away / size.clamp(min=torch.finfo(u.dtype).tiny), torch.ones_like(u))
+    rank = ranks(problem, J)
+    for sign in (1e-6, -1e-6):
+        probe = u + sign * u.norm(dim=-1, keepdim=True).clamp(min=1.0) * along
+        beside = jacobian(problem, probe.clamp(problem.low, problem.high))[1]
+        rank = torch.minimum(rank, ranks(problem, beside))
+    return rank
+
+
 def finished(
-    problem: InverseProblem, u: Tensor, r: Tensor, J: Tensor, *, stationary: Tensor, steps: Tensor, full_rank: int
+    problem: InverseProblem, u: Tensor, r: Tensor, rank: Tensor, *, stationary: Tensor, steps: Tensor, full_rank: int
 ) -> Inversion:
     """The report at u; `stationary [N]` says which rows are done."""
-    rank = ranks(problem, J)
     saturated = rank < full_rank
     shown = torch.where(saturated.unsqueeze(-1), math.nan, u)
     return Inversion(shown, data_residual(problem, r), stationary, rank, saturated, steps)

@@ -14,6 +14,8 @@ Reference: Golub and Van Loan, Matrix computations, 2013, section 4.5.1 (block t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -64,7 +66,7 @@ def invert_jointly(
     flat = {key: value.flatten(0, 1) for key, value in rows.items()}
     if prior is not None:
         prior = prior.flatten(0, 1)
-    options = {"precision": precision, "prior": prior, "prior_precision": prior_precision}
+    options: dict[str, Any] = {"precision": precision, "prior": prior, "prior_precision": prior_precision}
     problem = inverse_problem(predict, theta, flat, outcome.flatten(0, 1), start.flatten(0, 1), **options)
     shape, ends = start.shape, list[tuple[Tensor, Tensor]]()
 
@@ -77,7 +79,7 @@ def invert_jointly(
     def gradient(tensors: Params, nu: Params) -> Params:
         part = joined(problem, {key: value for key, value in tensors.items() if key != "coupling"})
         u = nu["u"]
-        r, pull = vjp(lambda x: residuals(part, x.flatten(0, 1)), u)
+        r, pull = vjp(lambda x: residuals(part, x.flatten(0, 1)), u)[:2]
         return {"u": pull(r)[0] + _differences(u, tensors["coupling"])}
 
     layer = implicit_root(gradient, solver, solve=_probed_solve, symmetric=True, strict=strict)

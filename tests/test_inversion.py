@@ -18,6 +18,7 @@ from sim2real.simulators.pendulum import pendulum
 from sim2real.simulators.reacher import reacher as reacher_model
 from sim2real.simulators.reacher import reacher_step
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
+from sim2real.solvers.box_qp import box_qp
 from sim2real.solvers.inversion import invert
 from sim2real.solvers.inversion_descent import invert_adam, invert_cem
 from sim2real.solvers.inversion_lqr import feedback_law
@@ -153,14 +154,35 @@ def test_actions_of_a_mujoco_model_are_found_and_differentiated() -> None:
     theirs = transition_map(model.step, lower, 2)
     outcome = ours(theta, {"state": state}, action)
     start = torch.zeros_like(action)
-    for curvature in ("gauss_newton",):
-        slopes = []
-        for predict, parameters in ((ours, theta), (theirs, {})):
-            y = outcome.clone().requires_grad_()
-            found = invert(predict, parameters, {"state": state}, y, start, curvature=curvature)  # type: ignore[arg-type]
-            torch.testing.assert_close(found.u, action, atol=1e-9, rtol=0)
-            slopes.append(torch.autograd.grad((found.u * draw(32, 3, 2)).sum(), y)[0])
-        torch.testing.assert_close(slopes[0], slopes[1], atol=1e-7, rtol=1e-7)
+    slopes = []
+    for predict, parameters in ((ours, theta), (theirs, {})):
+        y = outcome.clone().requires_grad_()
+        found = invert(predict, parameters, {"state": state}, y, start, curvature="gauss_newton")
+        torch.testing.assert_close(found.u, action, atol=1e-9, rtol=0)
+        slopes.append(torch.autograd.grad((found.u * draw(32, 3, 2)).sum(), y)[0])
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-7, rtol=1e-7)
+
+
+def test_goals_of_an_implicit_lower_level_are_found() -> None:
+    """The action is the minimiser of `a'H a / 2 - u'a` within its limits, a box QP for each row."""
+    H = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    lower = lambda theta, rows, u, state, t: box_qp(theta["H"], -u, -1.0, 1.0).x
+    predict = transition_map(lambda theta, s, a, e: 0.9 * s + torch.sin(a), lower, 1)
+    rows, goal = {"state": draw(35, 12, 2)}, draw(36, 12, 2)
+    outcome = predict({"H": H}, rows, goal)
+    action = box_qp(H, -goal, -1.0, 1.0)
+    y = outcome.clone().requires_grad_()
+    found = invert(predict, {"H": H}, rows, y, torch.zeros_like(goal))
+    free = (action.active == 0).all(-1)
+    assert 2 <= int(free.sum()) <= 10
+    assert not bool(found.saturated[free].any())
+    # an answer exactly at the edge of its set has full rank on one side
+    assert float(found.saturated[~free].double().mean()) > 0.5
+    torch.testing.assert_close(found.u[free], goal[free], atol=1e-9, rtol=0)
+    assert float(found.residual.max().detach()) < 1e-9
+    (slope,) = torch.autograd.grad(found.u[free].sum(), y)
+    # u = H asin(y - 0.9 s)
+    torch.testing.assert_close(slope[free], H.sum(0) / torch.cos(action.x[free]), atol=1e-9, rtol=1e-9)
 
 
 def test_actions_of_a_warp_model_are_found() -> None:

@@ -7,6 +7,8 @@ contacts of all environments, and confirms each by evaluating it; `contact_frame
     rule B   curvature of the support functions, first order      (`mujoco_curvature`)
     rule C   differences of the collision, first order            (`mujoco_relative`)
 
+`mujoco_neighbours` refuses contacts whose derivative under these rules holds at the frozen positions only.
+
 Rows of the frame: normal n from the first to the second geom, t1 = y - n (n . y) normalised, t2 = n x t1. The seed y is
 the capsule's axis for a capsule on a plane, otherwise the world's y if |n_y| < 1/2 and its z if not.
 Reference: mujoco_recipe 3; MuJoCo engine_util_spatial (mju_makeFrame).
@@ -29,6 +31,7 @@ from sim2real.simulators.mujoco_features import CAPSULE, CYLINDER, PLANE, STANDI
 from sim2real.simulators.mujoco_first_order import first_order_contacts
 from sim2real.simulators.mujoco_kinematics import Poses
 from sim2real.simulators.mujoco_matching import CoreContacts, match_cores
+from sim2real.simulators.mujoco_neighbours import check_neighbours
 from sim2real.simulators.mujoco_pairs import only_slides
 from sim2real.simulators.mujoco_readings import Reading, geom_names, joined, local
 from sim2real.simulators.mujoco_relative import RelativeContacts, relative_frames
@@ -140,7 +143,7 @@ def join_contacts(structure: Structure, readings: Sequence[Reading]) -> Contacts
     place[np.concatenate([*rows, np.zeros(0, dtype=np.int64)])] = np.arange(number)
     seed, seed_body = _seeds(model, table, reading)
     body, geoms = table.body[reading.geom], reading.geom.tolist()
-    return Contacts(
+    contacts = Contacts(
         env=_long(reading.env),
         geom=_long(reading.geom),
         body=_long(body),
@@ -157,6 +160,10 @@ def join_contacts(structure: Structure, readings: Sequence[Reading]) -> Contacts
         order=1 if left.any() else 2,
         first_order=tuple(sorted({geom_names(model, g) for g in set(map(tuple, reading.geom[left].tolist()))})),
     )
+    none = torch.zeros(0, dtype=torch.float64)
+    frames = lambda position, rotation: contact_frames(structure, contacts, Poses(position, rotation, none, none))
+    check_neighbours(model, table, reading, frames)
+    return contacts
 
 
 def _check_standing(model: mujoco.MjModel, table: GeomTable, reading: Reading) -> None:

@@ -583,6 +583,13 @@ def test_settings_that_do_not_fit_raise(settings: dict[str, Any], message: str) 
         _ball(**settings)
 
 
+def test_a_model_whose_time_stands_still_is_refused() -> None:
+    spec = mujoco.MjSpec.from_string(BALL.format(integrator="Euler", cone="pyramidal"))
+    spec.option.timestep = 0.0
+    with pytest.raises(ValueError, match="time step of the model must be a positive number of seconds, got 0"):
+        mujoco_model(spec.compile(), THETA, _none)
+
+
 def test_environments_that_kernels_do_not_cover_are_done_again() -> None:
     mdp = _ball("implicitfast", "elliptic")
     system = _system(mdp)

@@ -35,6 +35,8 @@ from sim2real.simulators.mujoco_features import (
 from sim2real.simulators.mujoco_readings import Reading, geom_names
 
 _STEP = 1e-6
+_CROSSING = 0.999
+"""times the sum of the radii: the depth from which the axes of two capsules count as crossing"""
 _EXACT, _ITERATED = 2e-7, 1e-3
 """m or 1: where colliders are exact, a bend shows; where they iterate, their noise of 5e-5 hides all but jumps"""
 
@@ -45,8 +47,9 @@ Frames = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def check_neighbours(model: mujoco.MjModel, table: GeomTable, reading: Reading, frames: Frames) -> None:
     """Raise `MujocoUnsupportedError` for a contact that `frames` describes at the frozen positions only."""
     kind = table.kind[reading.geom]
-    # contacts with planes, and of spheres and capsules with one another, have one formula everywhere
-    several = ~np.isin(kind, (PLANE, HFIELD, SDF)).any(1) & ~np.isin(kind, (SPHERE, CAPSULE)).all(1)
+    # contacts with planes have one formula everywhere, and so have spheres and capsules until their axes cross
+    crossing = reading.dist < -_CROSSING * table.size[reading.geom, 0].sum(1)
+    several = ~np.isin(kind, (PLANE, HFIELD, SDF)).any(1) & (crossing | ~np.isin(kind, (SPHERE, CAPSULE)).all(1))
     rows = np.flatnonzero(several)
     if not len(rows):
         return

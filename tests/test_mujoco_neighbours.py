@@ -19,6 +19,7 @@ BLOCK = f'<mesh name="block" vertex="{" ".join(map(str, CORNERS.ravel()))}"/>'
 SHAPES = {
     "sphere": 'type="sphere" size=".05"',
     "capsule": 'type="capsule" size=".07 .15"',
+    "lying": 'type="capsule" size=".07 .15" euler="90 0 0"',
     "cylinder": 'type="cylinder" size=".1 .15"',
     "ring": 'type="cylinder" size=".1 .02"',
     "box": 'type="box" size=".1 .1 .1"',
@@ -57,6 +58,7 @@ DEGENERATE = [
     ("ring", "block", (0.0, 0.0, 0.0)),
     ("cylinder", "cylinder", (0.05, 0.02, 0.0)),  # parallel: no single nearest point
     ("capsule", "cylinder", (0.05, 0.02, 0.0)),
+    ("capsule", "lying", (0.0, 0.0, 0.03)),  # the axes cross
 ]
 
 

@@ -224,6 +224,11 @@ def check_fields(structure: Structure, names: tuple[str, ...]) -> None:
             "body_inertia cannot be differentiated in a fluid: drag acts in the principal axes, which jump where two "
             "moments are equal; leave body_inertia out, or set density and viscosity to 0"
         )
+    if "tendon_armature" in names and any(force.kind == "tendon" for force in structure.uncovered):
+        raise MujocoUnsupportedError(
+            "tendon_armature cannot be differentiated in a model with spatial tendons: their inertia is not in the "
+            "program; leave tendon_armature out"
+        )
     edited = sorted({"body_ipos", "body_inertia"} & set(names))
     if structure.simple and edited:
         raise MujocoUnsupportedError(

@@ -63,7 +63,12 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+LONG = ("mujoco_tune.py",)  # over a minute even when short
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(EXAMPLES)]
+)
 def test_example_runs(name, tmp_path):
     arguments, expected, modules = EXAMPLES[name]
     for module in modules:

@@ -458,6 +458,9 @@ def test_fields_that_cannot_move_are_refused() -> None:
     simple = structure(mujoco.MjModel.from_xml_string(scene('<body><freejoint/><geom size=".1"/></body>')))
     with pytest.raises(MujocoUnsupportedError, match="simple"):
         check_fields(simple, ("body_ipos",))
+    spatial = structure(mujoco.MjModel.from_xml_string(SCENES["spatial tendon, site, muscle"]))
+    with pytest.raises(MujocoUnsupportedError, match="tendon_armature .* spatial"):
+        check_fields(spatial, ("tendon_armature",))
 
 
 def test_rotation_vector_is_the_logarithm_at_every_angle() -> None:

@@ -32,7 +32,7 @@ from sim2real.solvers.inversion_problem import (
     select,
 )
 
-FRACTIONS = (1.0, 0.0, 0.5)
+FRACTIONS = (1.0, 0.0, 0.5, 0.25, 0.75, 1.5, 2.0, 3.0, 5.0)
 """of the linearised step, where the search may begin"""
 _FLOOR = 1e-12
 _HOPELESS = 1e14

@@ -459,7 +459,7 @@ def test_fields_that_cannot_move_are_refused() -> None:
     with pytest.raises(MujocoUnsupportedError, match="simple"):
         check_fields(simple, ("body_ipos",))
     spatial = structure(mujoco.MjModel.from_xml_string(SCENES["spatial tendon, site, muscle"]))
-    with pytest.raises(MujocoUnsupportedError, match="tendon_armature .* spatial"):
+    with pytest.raises(MujocoUnsupportedError, match="tendon_armature cannot be differentiated"):
         check_fields(spatial, ("tendon_armature",))
 
 

@@ -60,8 +60,10 @@ def test_start_reward_and_signals_are_those_of_the_suite() -> None:
     generator = torch.Generator().manual_seed(0)
     state = mdp.initial_state(theta, torch.randn(2000, 4, generator=generator, dtype=torch.float64))
     radius = state[:, 4:].norm(dim=-1)
-    assert float(radius.min()) >= 0.05 and float(radius.max()) <= 0.20
-    assert float(state[:, 1].abs().max()) <= WRIST_LIMIT and float(state[:, 2:4].abs().max()) == 0.0
+    assert float(radius.min()) >= 0.05
+    assert float(radius.max()) <= 0.20
+    assert float(state[:, 1].abs().max()) <= WRIST_LIMIT
+    assert float(state[:, 2:4].abs().max()) == 0.0
     tip = to_target(torch.cat([state[:, :4], torch.zeros_like(state[:, 4:])], -1)).neg()
     for distance, worth in ((0.024, 1.0), (0.026, 0.0)):  # 0.015 m target, 0.01 m finger
         near = torch.cat([state[:, :4], tip + torch.tensor([distance, 0.0], dtype=torch.float64)], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -442,8 +443,11 @@ _REFUSED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_what_cannot_be_differentiated_is_refused_by_name(name: str) -> None:
+def test_what_cannot_be_differentiated_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     xml, words = _REFUSED[name]
+    monkeypatch.chdir(tmp_path)  # where the engine drops its log
     with pytest.raises(MujocoUnsupportedError, match=words):
         structure(mujoco.MjModel.from_xml_string(xml))
 

@@ -16,6 +16,7 @@ of all joint positions and velocities, both started 40 % above the planted value
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
@@ -212,7 +213,8 @@ def _fits(
 
     residual, parameters = peers
     start = time.perf_counter()
-    ended, _ = toolbox.optimize(parameters, residual, optimizer="mujoco", verbose=False, max_iters=30)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its iterations whatever `verbose` says
+        ended, _ = toolbox.optimize(parameters, residual, optimizer="mujoco", verbose=False, max_iters=30)
     values = [float(truth[f"joint:{joint}.{kind}"]) for kind in KINDS for joint in JOINTS]
     yield Figure("peer-error", float(np.abs(ended.as_vector() / np.array(values) - 1.0).max()), "1", len(truth), 0.11)
     yield Figure("peer-fit-seconds", time.perf_counter() - start, "s", len(truth), 53.6)

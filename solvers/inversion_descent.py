@@ -51,7 +51,7 @@ def invert_adam(
     max_steps: int = 600,
     rate: float = 0.01,
 ) -> Inversion:
-    """Adam from start; a row counts as converged, and stops, when |r| is below `tolerance` times |y| (at least 1).
+    """Adam from start; a row stops as converged when its residual is below `tolerance` times the norm of y, or of 1.
 
     The answer carries no derivatives. Other arguments and errors as for `inversion.invert`.
     """

@@ -78,8 +78,8 @@ def invert(
     A row is `saturated` when dg/du has a rank below `full_rank` (default the smaller of p and q; 2 for one step of two
     motors): limits hide the input, any of a set explains the row, and u is NaN there, without derivative. `converged`:
     the residual is below `tolerance` times the norm of y (at least 1), or stationary. `curvature`: "gauss_newton" for
-    an engine whose step has first derivatives only; second derivatives of the answer are then not to be had, also where no
-    error says so. `differentiable=False` saves the cost of preparing derivatives.
+    an engine whose step has first derivatives only; second derivatives of the answer are then wrong.
+    `differentiable=False` saves the cost of preparing derivatives.
     Rows that did not converge warn `UnconvergedWarning` when differentiated, under `strict` raise `UnconvergedError`.
     Raises `ValueError` for data that do not fit.
     """

@@ -115,7 +115,7 @@ def tanh_network(outputs: int) -> nn.Sequential:
 
 def normalised(norm: Any, o: Tensor) -> Tensor:
     """Observations as the actor of PPO was trained on them."""
-    shift, factor = norm.loc, norm.scale
+    shift, factor = norm.loc["observation"], norm.scale["observation"]
     return ((o.float() - shift) / factor).clamp(-10.0, 10.0)
 
 

@@ -115,7 +115,7 @@ PAIRS = {
     "mesh-box": (True, ""),
     "mesh-mesh": (
         True,
-        "meshes are kept in float32: where faces merge, the collider's normal is off its corners by 4e-8",
+        "meshes are float32: where faces merge, the collider's normal is off its corners by 4e-8",
     ),
     "sphere-cylinder": (True, ""),
     "ellipsoid-sphere": (False, "the collider's normals carry noise of 1e-8 to 2e-5"),

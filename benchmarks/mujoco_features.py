@@ -31,10 +31,10 @@ from benchmarks.mujoco_models import Feature, features, refused
 from benchmarks.mujoco_reference import State, World, world
 from benchmarks.mujoco_second import judge_second
 from benchmarks.mujoco_tasks import states
+from sim2real.outside_program import DerivativeOrderError
 from sim2real.simulators.mujoco_acceleration import Backend
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_model import mujoco_model
-from sim2real.simulators.warp_functions import DerivativeOrderError
 
 
 def measured(feature: Feature, count: int, second: int, *, backend: Backend = "auto") -> tuple[Judged, float | None]:

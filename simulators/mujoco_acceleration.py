@@ -17,11 +17,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from sim2real.outside_program import Program, Tensors, Wanted
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
 from sim2real.simulators.mujoco_forward import Kind, accelerate
 from sim2real.simulators.mujoco_products import STATE, Cotangents, KernelProducts, Products, torch_products
 from sim2real.simulators.mujoco_structure import Structure
-from sim2real.simulators.warp_functions import Program, Tensors, Wanted
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
 
 Backend = Literal["auto", "warp", "torch"]

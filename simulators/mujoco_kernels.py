@@ -26,6 +26,7 @@ import warp as wp
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sim2real.outside_program import Tensors, Wanted
 from sim2real.simulators.mujoco_forward import Kind
 from sim2real.simulators.mujoco_kernels_model import FIELDS, KINDS, SOFT, tables, uncovered
 from sim2real.simulators.mujoco_kernels_passes import (
@@ -42,7 +43,6 @@ from sim2real.simulators.mujoco_kernels_passes import (
 )
 from sim2real.simulators.mujoco_products import STATE, Cotangents, KernelProducts
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields
-from sim2real.simulators.warp_functions import Tensors, Wanted
 from sim2real.simulators.warp_kernels import in_slices
 from sim2real.simulators.warp_source import LANES
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sim2real.outside_program import DerivativeOrderError, Tensors, Wanted
 from sim2real.simulators.mujoco_forward import Kind
 from sim2real.simulators.mujoco_kinematics import State
 from sim2real.simulators.mujoco_program import (
@@ -40,7 +41,6 @@ from sim2real.simulators.mujoco_program import (
     residual_power,
 )
 from sim2real.simulators.mujoco_structure import Structure, nominal_fields
-from sim2real.simulators.warp_functions import DerivativeOrderError, Tensors, Wanted
 
 STATE = ("base", "d", "v", "act", "ctrl", "force")
 """the inputs of the program before its fields"""
@@ -48,7 +48,7 @@ STATE = ("base", "d", "v", "act", "ctrl", "force")
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """The members of `warp_functions.Program` apart from its value, for x = (*STATE, *fields) and y = (w, a)."""
+    """The members of `outside_program.Program` apart from its value, for x = (*STATE, *fields) and y = (w, a)."""
 
     push: Callable[[Tensors, Tensors, Tensors], Tensors]
     pull: Callable[[Tensors, Tensors, Tensors, Wanted], Tensors]

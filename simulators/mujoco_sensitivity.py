@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.func import jvp
 
 from sim2real.mdp import ForwardSensitivity
+from sim2real.outside_program import Tensors, Wanted
 from sim2real.params import Params
 from sim2real.simulators.mujoco_products import STATE, Cotangents
 from sim2real.simulators.mujoco_step import StepSettings, to_engine
 from sim2real.simulators.mujoco_system import MujocoSystem
-from sim2real.simulators.warp_functions import Tensors, Wanted
 
 Step = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 Path = tuple[Tensor, Tensor, Tensor, Tensor | None]

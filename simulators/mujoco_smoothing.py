@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 import mujoco
 
+from sim2real.outside_program import Program, Tensors, Wanted
 from sim2real.simulators.mujoco_system import MujocoSystem
-from sim2real.simulators.warp_functions import Program, Tensors, Wanted
 
 
 @dataclass(frozen=True)

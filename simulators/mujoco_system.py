@@ -10,6 +10,7 @@ import mujoco
 import torch
 from torch import Tensor
 
+from sim2real.outside_program import Program, evaluate
 from sim2real.params import Params
 from sim2real.simulators.mujoco_acceleration import (
     Backend,
@@ -30,7 +31,6 @@ from sim2real.simulators.mujoco_integrators import (
 from sim2real.simulators.mujoco_kinematics import Poses, poses
 from sim2real.simulators.mujoco_products import Cotangents
 from sim2real.simulators.mujoco_structure import Structure, check_fields, nominal_fields, structure
-from sim2real.simulators.warp_functions import Program, evaluate
 
 FieldMap = Callable[[Params], Mapping[str, Tensor]]
 """theta -> the fields it reaches, `[1 or B, *shape]`, always under the same names"""

@@ -25,11 +25,11 @@ import warp as wp
 from torch import Tensor
 
 from sim2real.mdp import Noise
+from sim2real.outside_program import Program, Tensors, Wanted, evaluate
 from sim2real.params import Params
 from sim2real.policy import Layers
 from sim2real.simulators.warp_algebra import Vector, parts
 from sim2real.simulators.warp_dual import adjoints, tangents
-from sim2real.simulators.warp_functions import Program, Tensors, Wanted, evaluate
 from sim2real.simulators.warp_graph import Node, as_node, constant, less, select
 from sim2real.simulators.warp_kernels import in_slices
 from sim2real.simulators.warp_native import Rows, Store, launch_array, read, tile_function, warp_function

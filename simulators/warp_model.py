@@ -15,7 +15,7 @@ A step is a plain Python function of vectors; it is read, not run:
 
 What they may hold is said in `warp_language`; numbers from outside (`DT`) become constants when the model is made.
 The model's functions take torch tensors in float32 or float64, on the CPU or a CUDA device, with theta shared or per
-environment, and keep to `autograd` and `torch.func` up to second order (see `warp_functions`). As in the torch
+environment, and keep to `autograd` and `torch.func` up to second order (see `outside_program`). As in the torch
 simulators, values that are not finite pass through: who asks for a result checks it.
 """
 
@@ -32,9 +32,9 @@ from torch import Tensor
 
 from sim2real.bounds import Box
 from sim2real.mdp import ClosedLoop, ForwardSensitivity, ModelMDP
+from sim2real.outside_program import Program, evaluate
 from sim2real.params import Params
 from sim2real.simulators.warp_closed_loop import KernelSource, closed_loop_run
-from sim2real.simulators.warp_functions import Program, evaluate
 from sim2real.simulators.warp_language import Argument, Translated, translate
 from sim2real.simulators.warp_programs import reward_program, roll_program
 from sim2real.simulators.warp_reader import frozen

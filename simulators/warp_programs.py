@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sim2real.simulators.warp_functions import Program, Tensors, Wanted
+from sim2real.outside_program import Program, Tensors, Wanted
 from sim2real.simulators.warp_kernels import launch, over_time
 from sim2real.simulators.warp_tiles import Tiles
 

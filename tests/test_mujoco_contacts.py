@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 mujoco = pytest.importorskip("mujoco")
 optimize = pytest.importorskip("scipy.optimize")
 
+from sim2real.outside_program import DerivativeOrderError  # noqa: E402
 from sim2real.simulators.mujoco_contacts import (  # noqa: E402
     Contacts,
     contact_frames,
@@ -36,7 +37,6 @@ from sim2real.simulators.mujoco_model import mujoco_model  # noqa: E402
 from sim2real.simulators.mujoco_pairs import check_contact_pairs, only_slides, touching_pairs  # noqa: E402
 from sim2real.simulators.mujoco_relative import _groups  # noqa: E402
 from sim2real.simulators.mujoco_structure import Structure, structure  # noqa: E402
-from sim2real.simulators.warp_functions import DerivativeOrderError  # noqa: E402
 
 Array = NDArray[np.float64]
 

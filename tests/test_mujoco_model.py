@@ -21,6 +21,7 @@ from sim2real.bounds import default_params
 from sim2real.estimators.pathwise import pathwise_gradient
 from sim2real.estimators.score_function import score_function_gradient
 from sim2real.mdp import ModelMDP, sample_noise
+from sim2real.outside_program import DerivativeOrderError
 from sim2real.params import Params
 from sim2real.policy import linear_policy
 from sim2real.rollout import expected_return
@@ -35,7 +36,6 @@ from sim2real.simulators.mujoco_report import rollout_report
 from sim2real.simulators.mujoco_step import GradientGuard
 from sim2real.simulators.mujoco_system import MujocoSystem, body_poses, mujoco_system, split_state
 from sim2real.simulators.pendulum import pendulum
-from sim2real.simulators.warp_functions import DerivativeOrderError
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
 
 BALL = """

@@ -15,12 +15,12 @@ import warp as wp
 
 from sim2real import Box, ModelMDP, Params
 from sim2real.mdp import Noise
+from sim2real.outside_program import DerivativeOrderError
 from sim2real.policy import linear_policy
 from sim2real.roll import step_jacobians
 from sim2real.rollout import rollout
 from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.warp_cartpole import warp_cartpole
-from sim2real.simulators.warp_functions import DerivativeOrderError
 from sim2real.simulators.warp_model import warp_model, warp_twin
 from sim2real.simulators.warp_native import launch_array
 

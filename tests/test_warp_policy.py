@@ -15,12 +15,12 @@ pytest.importorskip("warp")
 from sim2real.bounds import default_params
 from sim2real.estimators import policy_sensitivity
 from sim2real.mdp import ModelMDP, Noise, sample_noise
+from sim2real.outside_program import DerivativeOrderError
 from sim2real.params import Params, ravel, unravel
 from sim2real.policy import Policy, deterministic_policy, gaussian_policy, linear_policy, module_policy
 from sim2real.rollout import discounted_return, expected_return, rollout
 from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.warp_cartpole import warp_cartpole
-from sim2real.simulators.warp_functions import DerivativeOrderError
 from sim2real.simulators.warp_model import warp_model
 from sim2real.solvers import policy_optimum
 

@@ -14,11 +14,11 @@ pytest.importorskip("warp")
 import warp as wp
 
 from sim2real import Box, ModelMDP, Params
+from sim2real.outside_program import DerivativeOrderError
 from sim2real.roll import roll, step_jacobians
 from sim2real.simulators import warp_kernels
 from sim2real.simulators.cartpole import cartpole
 from sim2real.simulators.warp_cartpole import warp_cartpole
-from sim2real.simulators.warp_functions import DerivativeOrderError
 from sim2real.simulators.warp_model import warp_model
 
 OURS, TWIN = warp_cartpole(integrator="semi_implicit"), cartpole(integrator="semi_implicit")

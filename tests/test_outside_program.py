@@ -1,4 +1,4 @@
-"""`warp_functions` on a program whose passes are written in torch: y_1 = exp(a) b^2, y_2 = sum(b) c."""
+"""`outside_program` on a program whose passes are written in torch: y_1 = exp(a) b^2, y_2 = sum(b) c."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 pytest.importorskip("warp")
 
-from sim2real.simulators.warp_functions import DerivativeOrderError, Program, Tensors, Wanted, evaluate
+from sim2real.outside_program import DerivativeOrderError, Program, Tensors, Wanted, evaluate
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

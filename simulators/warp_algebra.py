@@ -61,10 +61,12 @@ def describe(value: object) -> str:
 
 
 def is_condition(value: object) -> bool:
+    """Whether a value is true or false, now or when the kernel runs."""
     return isinstance(value, bool) or (isinstance(value, Node) and is_truth(value))
 
 
 def is_number(value: object) -> bool:
+    """Whether a value is a scalar number, now or when the kernel runs."""
     return isinstance(value, int | float | Node) and not is_condition(value)
 
 
@@ -98,6 +100,7 @@ def like(value: Value, items: Sequence[Real]) -> Value:
 
 
 def same_form(a: Value, b: Value) -> bool:
+    """Whether two values have the same shape and kind, so that one can stand for the other."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(same_form(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, Matrix) and isinstance(b, Matrix):
@@ -128,28 +131,33 @@ def as_truth(value: Real) -> Node:
 
 
 def need_numbers(operation: str, *values: Value) -> None:
+    """Raise `Mismatch` unless all values are scalar numbers."""
     for value in values:
         if not is_number(value):
             raise Mismatch(f"{operation} needs numbers, got {describe(value)}")
 
 
 def add(a: Value, b: Value, sign: int = 1) -> Value:
+    """a + b, or a - b with sign -1, of two values of the same form."""
     if not same_form(a, b) or isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"{'+' if sign > 0 else '-'} of {describe(a)} and {describe(b)}")
     return like(a, [x + y if sign > 0 else x - y for x, y in zip(parts(a), parts(b), strict=True)])
 
 
 def subtract(a: Value, b: Value) -> Value:
+    """a - b of two values of the same form."""
     return add(a, b, -1)
 
 
 def negate(a: Value) -> Value:
+    """-a, component by component."""
     if isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"- of {describe(a)}")
     return like(a, [-x for x in parts(a)])
 
 
 def multiply(a: Value, b: Value) -> Value:
+    """a b: scaling by a number, matrix with vector or matrix, Hamilton's product of quaternions."""
     if is_number(a) and not isinstance(b, tuple):
         return like(b, [a * x for x in parts(b)])
     if is_number(b) and not isinstance(a, tuple):
@@ -167,12 +175,14 @@ def multiply(a: Value, b: Value) -> Value:
 
 
 def divide(a: Value, b: Value) -> Value:
+    """a / b, each component by the number b."""
     if not is_number(b) or isinstance(a, tuple) or is_condition(a):
         raise Mismatch(f"/ of {describe(a)} and {describe(b)}; component by component is wp.cw_div")
     return like(a, [x / b for x in parts(a)])
 
 
 def raise_to(a: Value, b: Value) -> Value:
+    """a to the power of b, both numbers."""
     need_numbers("a power", a, b)
     return a**b if isinstance(a, int | float) and isinstance(b, int | float) else power(a, b)
 
@@ -197,17 +207,20 @@ def _hamilton(a: Quaternion, b: Quaternion) -> Quaternion:
 
 
 def need_vectors(name: str, *values: Value) -> None:
+    """Raise `Mismatch` unless all values are vectors or quaternions of one length."""
     lengths = {len(value.items) if isinstance(value, Vector | Quaternion) else None for value in values}
     if None in lengths or len(lengths) > 1:
         raise Mismatch(f"wp.{name} of {' and '.join(describe(value) for value in values)}")
 
 
 def dot(a: Value, b: Value) -> Real:
+    """Inner product."""
     need_vectors("dot", a, b)
     return _sum(x * y for x, y in zip(parts(a), parts(b), strict=True))
 
 
 def cross(a: Vector, b: Vector) -> Vector:
+    """a x b in three dimensions."""
     need_vectors("cross", a, b)
     if len(a.items) != 3:
         raise Mismatch(f"wp.cross of {describe(a)} and {describe(b)}")
@@ -216,23 +229,27 @@ def cross(a: Vector, b: Vector) -> Vector:
 
 
 def length(a: Value) -> Real:
+    """Euclidean norm; its derivative at zero is zero, as in Warp."""
     need_vectors("length", a)
     return apply("norm", dot(a, a))
 
 
 def normalize(a: Value) -> Value:
+    """a / |a|; at zero the zero vector, or the unit quaternion, as in Warp."""
     size = as_node(length(a))
     rest = (0.0, 0.0, 0.0, 1.0) if isinstance(a, Quaternion) else (0.0,) * len(parts(a))
     return like(a, [select(less(0.0, size), x / size, zero) for x, zero in zip(parts(a), rest, strict=True)])
 
 
 def outer(a: Vector, b: Vector) -> Matrix:
+    """The matrix a b^T."""
     if not (isinstance(a, Vector) and isinstance(b, Vector)):
         raise Mismatch(f"wp.outer of {describe(a)} and {describe(b)}")
     return Matrix(tuple(tuple(x * y for y in b.items) for x in a.items))
 
 
 def transpose(a: Matrix) -> Matrix:
+    """Rows become columns."""
     if not isinstance(a, Matrix):
         raise Mismatch(f"wp.transpose of {describe(a)}")
     return Matrix(tuple(zip(*a.rows, strict=True)))
@@ -244,6 +261,7 @@ def _square(name: str, a: Matrix) -> None:
 
 
 def determinant(a: Matrix) -> Real:
+    """By Laplace's expansion along the first row, up to 4x4."""
     _square("determinant", a)
     return _laplace(a.rows)
 
@@ -272,6 +290,7 @@ def inverse(a: Matrix) -> Matrix:
 
 
 def trace(a: Matrix) -> Real:
+    """Sum of the diagonal."""
     _square("trace", a)
     return _sum(a.rows[k][k] for k in range(len(a.rows)))
 
@@ -283,11 +302,13 @@ def _quaternion(name: str, q: Value) -> tuple[Vector, Real]:
 
 
 def quat_rotate(q: Quaternion, v: Vector) -> Value:
+    """v turned by the unit quaternion q."""
     axis, w = _quaternion("quat_rotate", q)
     return _turned(axis, w, cross(axis, v), v)
 
 
 def quat_rotate_inv(q: Quaternion, v: Vector) -> Value:
+    """v turned back by the unit quaternion q."""
     axis, w = _quaternion("quat_rotate_inv", q)
     return _turned(axis, w, cross(v, axis), v)
 
@@ -298,11 +319,13 @@ def _turned(axis: Vector, w: Real, twist: Vector, v: Vector) -> Value:
 
 
 def quat_inverse(q: Quaternion) -> Quaternion:
+    """The conjugate of q: the inverse of a unit quaternion."""
     axis, w = _quaternion("quat_inverse", q)
     return Quaternion((*(-x for x in axis.items), w))
 
 
 def quat_from_axis_angle(axis: Vector, angle: Real) -> Quaternion:
+    """(axis sin(angle / 2), cos(angle / 2)), angle in rad, axis of length 1."""
     need_numbers("wp.quat_from_axis_angle", angle)
     half = angle * 0.5
     sine = apply("sin", half)
@@ -310,6 +333,7 @@ def quat_from_axis_angle(axis: Vector, angle: Real) -> Quaternion:
 
 
 def quat_to_matrix(q: Quaternion) -> Matrix:
+    """The rotation matrix of the unit quaternion q."""
     _quaternion("quat_to_matrix", q)
     columns = [quat_rotate(q, Vector(tuple(float(i == j) for j in range(3)))) for i in range(3)]
     return transpose(Matrix(tuple(parts(column) for column in columns)))

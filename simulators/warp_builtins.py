@@ -130,6 +130,8 @@ def _built(kind: Any, items: Sequence[Any]) -> Value:
 
 
 def componentwise(operation: Callable[[Any, Any], Any], name: str) -> Callable[[Value, Value], Value]:
+    """`wp.cw_*`: the operation of two scalars on vectors or matrices of one form."""
+
     def each(a: Value, b: Value) -> Value:
         if not same_form(a, b) or not isinstance(a, Vector | Matrix):
             raise Mismatch(f"wp.{name} of {describe(a)} and {describe(b)}")

@@ -65,11 +65,13 @@ class Scope:
 
 
 def fail(scope: Scope, node: ast.AST, found: str, advice: str) -> NoReturn:
+    """Raise `WarpLanguageError` with file, line and function of the user's code, what stands there, what to write."""
     line = scope.first_line + getattr(node, "lineno", 1) - 1
     raise WarpLanguageError(f"{scope.file}:{line}: {scope.name}: {found}; {advice}")
 
 
 def condition_of(node: ast.expr, names: dict[str, Any], scope: Scope) -> Node | bool:
+    """The value of an expression where a condition is wanted; a number counts as in Python."""
     value = evaluate(node, names, scope)
     if is_condition(value):
         return value
@@ -79,6 +81,7 @@ def condition_of(node: ast.expr, names: dict[str, Any], scope: Scope) -> Node | 
 
 
 def chosen(condition: Node, a: Any, b: Any, node: ast.AST, scope: Scope, what: str) -> Value:
+    """`a` where the condition holds, else `b`; refuses branches of different form."""
     try:
         return choose(condition, a, b)
     except Mismatch as error:
@@ -86,6 +89,7 @@ def chosen(condition: Node, a: Any, b: Any, node: ast.AST, scope: Scope, what: s
 
 
 def evaluate(node: ast.expr, names: dict[str, Any], scope: Scope) -> Any:
+    """The value of a Python expression of a kernel: constants are folded, the rest becomes graph nodes."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, bool | int | float):
             return node.value
@@ -182,6 +186,7 @@ def _component(node: ast.Subscript, names: dict[str, Any], scope: Scope) -> Any:
 
 
 def position(index: Any, size: int, node: ast.AST, scope: Scope) -> int:
+    """A constant index as 0 <= index < size; negative ones count from the end."""
     if not isinstance(index, int) or isinstance(index, bool):
         fail(scope, node, f"{describe(index)} as an index", "indices are whole numbers known beforehand")
     if not -size <= index < size:
@@ -214,6 +219,7 @@ def _comparison(operation: ast.cmpop, node: ast.expr, scope: Scope) -> str:
 
 
 def binary(node: ast.AST, operation: ast.operator, a: Any, b: Any, scope: Scope) -> Any:
+    """The value of `a <operation> b`."""
     if isinstance(operation, ast.FloorDiv | ast.Mod) and isinstance(a, int | float) and isinstance(b, int | float):
         return a // b if isinstance(operation, ast.FloorDiv) else a % b
     if type(operation) not in _OPERATORS:

@@ -93,6 +93,7 @@ def _node(operation: str, arguments: tuple[Node, ...], name: str = "", value: fl
 
 
 def constant(value: float) -> Node:
+    """A number known when the kernel is generated."""
     return _node("constant", (), value=float(value))
 
 
@@ -102,10 +103,12 @@ def variable(name: str) -> Node:
 
 
 def as_node(value: Node | float) -> Node:
+    """The value itself, or a number as a constant."""
     return value if isinstance(value, Node) else constant(value)
 
 
 def is_constant(node: Node, value: float | None = None) -> bool:
+    """Whether the node is a constant, and of that value if one is given."""
     return node.operation == "constant" and (value is None or node.value == value)
 
 
@@ -232,18 +235,22 @@ def select(condition: Node, a: Node | float, b: Node | float) -> Node:
 
 
 def less(a: Node | float, b: Node | float) -> Node:
+    """The condition a < b."""
     return _compare("lt", a, b, lambda x, y: x < y)
 
 
 def less_equal(a: Node | float, b: Node | float) -> Node:
+    """The condition a <= b."""
     return _compare("le", a, b, lambda x, y: x <= y)
 
 
 def equal(a: Node | float, b: Node | float) -> Node:
+    """The condition a == b."""
     return _compare("eq", a, b, lambda x, y: x == y)
 
 
 def truth(value: bool) -> Node:
+    """A condition known when the kernel is generated."""
     return _node("truth", (), value=float(value))
 
 
@@ -255,12 +262,14 @@ def _compare(operation: str, a: Node | float, b: Node | float, known: Callable[[
 
 
 def negation(a: Node) -> Node:
+    """The condition `not a`."""
     if a.operation == "truth":
         return truth(not a.value)
     return a.arguments[0] if a.operation == "not" else _node("not", (a,))
 
 
 def both(a: Node, b: Node) -> Node:
+    """The condition `a and b`."""
     for this, other in ((a, b), (b, a)):
         if this.operation == "truth":
             return other if this.value else this
@@ -268,6 +277,7 @@ def both(a: Node, b: Node) -> Node:
 
 
 def either(a: Node, b: Node) -> Node:
+    """The condition `a or b`."""
     for this, other in ((a, b), (b, a)):
         if this.operation == "truth":
             return this if this.value else other

@@ -174,6 +174,7 @@ def _noise(network: Network, *names: str) -> str:
 
 
 def action(network: Network) -> str:
+    """Source of a_k = mean_k + spread_k noise_k, spread = exp(head of the network) or the constant `std`."""
     m, last = action_length(network), f"h{len(network.activations)}"
     spread = f"wp::exp({last}[{m} + k][e])" if network.head else "std"
     write = "put(at4(action_out, copy, time, i0, k), action_out.strides[2], n, u[k]);"
@@ -182,6 +183,7 @@ def action(network: Network) -> str:
 
 
 def action_push(network: Network) -> str:
+    """Source of the tangent of `action`: d mean + d spread noise + spread d noise."""
     m, last = action_length(network), len(network.activations)
     if network.head:
         change = f"wp::exp(h{last}[{m} + k][e]) * (dh{last}[{m} + k][e] * v[k][e] + dv[k][e])"

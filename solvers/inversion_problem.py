@@ -150,6 +150,7 @@ def joined(problem: InverseProblem, tensors: Params) -> InverseProblem:
 
 
 def detached(problem: InverseProblem) -> InverseProblem:
+    """The problem in float64, cut from the graph of its tensors."""
     return joined(problem, {key: value.detach().double() for key, value in split(problem).items()})
 
 

@@ -34,6 +34,8 @@ from sim2real.solve_report import SolveReport, UnconvergedError
 
 @dataclass(frozen=True)
 class SACSettings:
+    """How long and with what the follower is trained by soft actor-critic."""
+
     rounds: int = 40
     """of `episodes` with the present policy, then `updates`"""
     episodes: int = 32

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, MissingError, main
 from benchmarks.hybrid_tasks import lqr_task, replenishment_task
-from benchmarks.study_hpo import FEW, FILE, HPO, Instance, Row, measured, stored
+from benchmarks.rows import Row, stored
+from benchmarks.study_hpo import FEW, FILE, HPO, Instance, measured
 
 SIZES = ("3-2", "16-2", "48-2")
 REFERENCE = {"3-2": 0.002, "16-2": 0.03}
@@ -43,7 +44,7 @@ REFERENCE = {"3-2": 0.002, "16-2": 0.03}
 def rows_of(task: str) -> dict[str, list[Row]]:
     """Stored rows by instance. Raises `MissingError` when there are none."""
     found: dict[str, list[Row]] = {}
-    for row in stored():
+    for row in stored(FILE):
         if row["instance"].startswith(task):
             found.setdefault(row["instance"].removeprefix(task), []).append(row)
     if not found:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.hybrid_tasks import HybridTask, heavy_tail_task, lqr_task, metric, replenishment_task, task_policy
 from benchmarks.hybrid_training import Recipe, train
+from benchmarks.rows import Row, append, present, stamp, stored
 from sim2real.hybrid_policy import greedy_policy
 
-Row = dict[str, Any]
 FILE = Path(__file__).parent / "results" / "hpo.json"
 
 
@@ -109,39 +107,18 @@ def measured(instance: Instance, seed: int) -> Row:
     return row
 
 
-def stored(path: Path = FILE) -> list[Row]:
-    """Rows of the file, none when there is none."""
-    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-    return rows
-
-
-def save(rows: list[Row], path: Path) -> None:
-    """One line per row; the old file stays if this is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    part.replace(path)
-
-
 def run(path: Path, only: str, seeds: int, quick: bool) -> None:
     """Append the rows that are missing, one by one."""
     torch.set_num_threads(1)
-    where = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one used",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    where = stamp("torch")
     for instance in instances():
         if quick:
             instance = replace(instance, recipe=replace(instance.recipe, epochs=2))
         for seed in range(min(seeds, instance.seeds)):
-            rows = stored(path)
-            if only not in instance.name or any(
-                (row["instance"], row["seed"]) == (instance.name, seed) for row in rows
-            ):
+            if only not in instance.name or present(stored(path), instance=instance.name, seed=seed):
                 continue
             row = measured(instance, seed) | where
-            save([*stored(path), row], path)
+            append(path, row)
             print(
                 json.dumps({key: row.get(key) for key in ("instance", "seed", "cost", "gap", "cpu_seconds")}),
                 flush=True,

@@ -23,6 +23,7 @@ from benchmarks.hybrid_training import (
     new_learner,
     train,
 )
+from benchmarks.rows import stored
 from sim2real.estimators import counterfactual_gradient, mixed_gradient
 from sim2real.hybrid_policy import greedy_policy
 from sim2real.mdp import Noise
@@ -151,7 +152,7 @@ def test_the_study_resumes(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("size", "bar"), [("3-2", 0.005), ("16-2", 0.03), ("48-2", 0.07)])
 def test_stored_gaps_meet_the_bars(size: str, bar: float) -> None:
-    gaps = [row["gap"] for row in study_hpo.stored() if row["instance"] == f"lqr/{size}/hpo"]
+    gaps = [row["gap"] for row in stored(study_hpo.FILE) if row["instance"] == f"lqr/{size}/hpo"]
     if not gaps:
         pytest.skip(f"no rows of {size} yet")
     assert 0.0 < fmean(gaps) <= bar
@@ -159,7 +160,7 @@ def test_stored_gaps_meet_the_bars(size: str, bar: float) -> None:
 
 @pytest.mark.parametrize("items", [1, 2, 3])
 def test_stored_replenishment_is_within_one_percent(items: int) -> None:
-    gaps = [row["gap"] for row in study_hpo.stored() if row["instance"] == f"jrp/{items}/branches"]
+    gaps = [row["gap"] for row in stored(study_hpo.FILE) if row["instance"] == f"jrp/{items}/branches"]
     if not gaps:
         pytest.skip(f"no rows of {items} items yet")
     assert fmean(gaps) <= 0.01

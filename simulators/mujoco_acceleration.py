@@ -19,12 +19,13 @@ from torch import Tensor
 
 from sim2real.outside_program import Program, Tensors, Wanted
 from sim2real.simulators.mujoco_coverage import MujocoUnsupportedError
-from sim2real.simulators.mujoco_forward import Kind, accelerate
+from sim2real.simulators.mujoco_forward import Accelerate, Kind, accelerate
 from sim2real.simulators.mujoco_products import STATE, Cotangents, KernelProducts, Products, torch_products
 from sim2real.simulators.mujoco_structure import Structure
 from sim2real.solve_report import UnconvergedError, UnconvergedWarning
 
 Backend = Literal["auto", "warp", "torch"]
+Engine = Literal["mujoco", "mujoco_warp"]
 
 
 def acceleration_program(
@@ -32,6 +33,7 @@ def acceleration_program(
     names: tuple[str, ...],
     kind: Kind,
     *,
+    engine: Engine = "mujoco",
     backend: Backend = "auto",
     threads: int = 1,
     tolerance: float = 1e-9,
@@ -42,16 +44,28 @@ def acceleration_program(
     An environment whose solver leaves a residual above `tolerance` (of its largest force) warns `UnconvergedWarning`,
     under `strict` raises `UnconvergedError`. "warp" raises `MujocoUnsupportedError` for a model without kernels.
     """
-    engine = accelerate(structure.model, names, kind, threads=threads)
+    accelerations = _accelerations(structure, names, kind, engine, threads)
     products = _products(structure, names, kind, backend)
 
     def value(x: Tensors) -> Tensors:
         base, _, v, act, ctrl, force = x[: len(STATE)]
-        w, a, residual = engine((base, v, act, ctrl, force), dict(zip(names, x[len(STATE) :], strict=True)))
+        w, a, residual = accelerations((base, v, act, ctrl, force), dict(zip(names, x[len(STATE) :], strict=True)))
         check_residual(residual, tolerance, strict)
         return w, a
 
     return Program(value, products.push, products.pull, products.second)
+
+
+def _accelerations(
+    structure: Structure, names: tuple[str, ...], kind: Kind, engine: Engine, threads: int
+) -> Accelerate:
+    if engine == "mujoco":
+        return accelerate(structure.model, names, kind, threads=threads)
+    if engine != "mujoco_warp":
+        raise ValueError(f"engine must be 'mujoco' or 'mujoco_warp', got {engine!r}")
+    from sim2real.simulators.mujoco_warp_engine import warp_acceleration
+
+    return warp_acceleration(structure, names, kind)
 
 
 def _products(structure: Structure, names: tuple[str, ...], kind: Kind, backend: Backend) -> Products:

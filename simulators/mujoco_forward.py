@@ -207,7 +207,7 @@ def write_fields(model: mujoco.MjModel, fields: Mapping[str, Array]) -> None:
         else:
             getattr(model, name)[:] = value
         if name == "body_mass":
-            model.body_subtreemass[:] = _descendants(model) @ value
+            model.body_subtreemass[:] = descendants(model) @ value
 
 
 def principal_axes(inertia: Array) -> tuple[Array, Array]:
@@ -256,15 +256,15 @@ def _tables(model: Any) -> _Tables:
             j = int(model.M_colind[k])
             entry += [i * model.nv + j] if i == j else [i * model.nv + j, j * model.nv + i]
             place += [k] if i == j else [k, k]
-    return _Tables(np.array(entry, dtype=np.intp), np.array(place, dtype=np.intp), _descendants(model))
+    return _Tables(np.array(entry, dtype=np.intp), np.array(place, dtype=np.intp), descendants(model))
 
 
-def _descendants(model: Any) -> Array:
+def descendants(model: Any) -> Array:
     """`[nbody, nbody]` 1 where the column's body hangs on the row's, itself included."""
-    descendants = np.eye(model.nbody)
+    below = np.eye(model.nbody)
     for body in range(model.nbody - 1, 0, -1):
-        descendants[int(model.body_parentid[body])] += descendants[body]
-    return descendants
+        below[int(model.body_parentid[body])] += below[body]
+    return below
 
 
 def _residual(table: _Tables, square: Array, mass: Array, a: Array, smooth: Array, constraint: Array) -> Array:

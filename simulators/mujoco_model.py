@@ -24,7 +24,7 @@ from torch import Tensor
 from sim2real.bounds import Box
 from sim2real.mdp import ModelMDP
 from sim2real.params import Params
-from sim2real.simulators.mujoco_acceleration import Backend
+from sim2real.simulators.mujoco_acceleration import Backend, Engine
 from sim2real.simulators.mujoco_integrators import activations, add_tangent
 from sim2real.simulators.mujoco_messages import engine_messages
 from sim2real.simulators.mujoco_pairs import check_contact_pairs
@@ -77,6 +77,7 @@ def mujoco_model(
     truncation: int | None = None,
     guard: GradientGuard | None = None,
     segment: int | None = None,
+    engine: Engine = "mujoco",
     backend: Backend = "auto",
     threads: int = 1,
     tolerance: float = 1e-9,
@@ -100,10 +101,12 @@ def mujoco_model(
     truncation: the state is cut from its past every so many steps (`[B, 1]` counts them at the end of the state).
     guard: bounds each environment's cotangent in reverse mode, see `gradient_guard`. segment: an `open_loop` rollout
     keeps one state per so many steps and recomputes between them in reverse mode; None: about the root of their number.
-    backend: "auto" takes Warp kernels where they cover the model; threads: of the engine, 0 for all processors. A
-    solver residual above `tolerance` of the largest force warns `UnconvergedWarning`; under `strict` it raises
-    `UnconvergedError`. check_pairs=False lets a model pass in which a cylinder can stand on a flat body, a contact that
-    has no derivative: its states raise instead. smoothing: contacts set in gradually, see `ContactSmoothing`.
+    engine: "mujoco_warp" solves the forward step with mujoco_warp in float32, on a GPU where there is one, and takes it
+    to float64 (`mujoco_warp_engine`). backend: "auto" takes Warp kernels where they cover the model; threads: of the
+    engine, 0 for all processors. A solver residual above `tolerance` of the largest force warns `UnconvergedWarning`;
+    under `strict` it raises `UnconvergedError`. check_pairs=False lets a model pass in which a cylinder can stand on a
+    flat body, a contact that has no derivative: its states raise instead. smoothing: contacts set in gradually, see
+    `ContactSmoothing`.
 
     Raises `MujocoUnsupportedError`, by element, for what has no derivative, `ParameterNameError`, `XmlRefusedError`,
     and `ValueError` for settings that do not fit the model.
@@ -119,7 +122,8 @@ def mujoco_model(
     tables = structure(model)
     box, fields = field_map(tables, theta, weights=weights) if len(theta) else (Box(), _no_fields)
     names = tuple(fields({key: torch.as_tensor(value) for key, value in box.default.items()}))
-    build = partial(mujoco_system, names=names, backend=backend, threads=threads, tolerance=tolerance, strict=strict)
+    solver = {"threads": threads, "tolerance": tolerance, "strict": strict}
+    build = partial(mujoco_system, names=names, engine=engine, backend=backend, **solver)
     system = smoothed_system(model, smoothing, names, build)
     if delay and DELAY in box.default:
         raise ValueError(f"delay={delay} s next to theta's 'delay', which replaces it; give that one a default instead")

@@ -14,6 +14,7 @@ from sim2real.outside_program import Program, evaluate
 from sim2real.params import Params
 from sim2real.simulators.mujoco_acceleration import (
     Backend,
+    Engine,
     acceleration_program,
     check_residual,
     cotangent_kernels,
@@ -64,6 +65,7 @@ def mujoco_system(
     model: mujoco.MjModel | Structure,
     names: tuple[str, ...] = (),
     *,
+    engine: Engine = "mujoco",
     backend: Backend = "auto",
     threads: int = 1,
     tolerance: float = 1e-9,
@@ -78,9 +80,8 @@ def mujoco_system(
     scheme, kind = integration(tables.model)
     if kind == "eulerdamp" and "dof_damping" not in names and not tables.model.dof_damping.any():
         kind = "explicit"  # no damping anywhere: the implicit step is the explicit one
-    program = acceleration_program(
-        tables, names, kind, backend=backend, threads=threads, tolerance=tolerance, strict=strict
-    )
+    solver = {"tolerance": tolerance, "strict": strict}
+    program = acceleration_program(tables, names, kind, engine=engine, backend=backend, threads=threads, **solver)
     return MujocoSystem(
         structure=tables,
         names=names,
@@ -90,10 +91,17 @@ def mujoco_system(
         coordinates=coordinates(tables.model),
         activations=activations(tables.model),
         dynprm=nominal_fields(tables)["actuator_dynprm"],
-        roll=engine_rollout(tables.model, names, threads=threads),
+        roll=engine_rollout(tables.model, names, threads=threads) if engine == "mujoco" else _step_by_step,
         check=partial(check_residual, tolerance=tolerance, strict=strict),
         cotangents=cotangent_kernels(tables, names, kind, backend),
     )
+
+
+def _step_by_step(
+    state: State, controls: Tensor, force: Tensor, fields: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """The `Roll` of an engine that has none."""
+    return None
 
 
 def advance(system: MujocoSystem, fields: Mapping[str, Tensor], state: State, ctrl: Tensor, force: Tensor) -> State:

@@ -18,7 +18,7 @@ for the joint replenishment problem, Computers in Industry 119 (2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,27 +64,12 @@ def joint_replenishment(
     check_lead_times([lead_time], lowest=0)
     costs = {"holding": holding, "underage": underage, "purchase": purchase, "fixed": fixed}
     box = cost_box({key: torch.tensor(value, dtype=torch.float64) for key, value in costs.items()})
-    low, high, factor = zip(
-        *((each.low, each.high, each.factor) for each in (OrderTerms(0.0, 0.0), *terms)), strict=True
-    )
     width = max(lead_time, 1)
-    unlimited = all(each == OrderTerms() for each in terms) and len(terms) == 1
+    ordered = _ordered(terms)
+    factors = (1.0, *(each.factor for each in terms))
 
     def initial_state(theta: Params, e0: Tensor) -> Tensor:
         return e0.new_zeros(*e0.shape[:-1], n * width)
-
-    def ordered(action: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the terms `[...]` and quantities `[..., n]`."""
-        index = action[..., 0].detach().long()
-        quantity = torch.relu(action[..., 1:])
-        if unlimited:
-            return index, quantity * (index > 0).unsqueeze(-1)
-        total = quantity.sum(-1)
-        # nothing to scale where nothing is asked for: then a minimum order is shared equally
-        share = torch.where(total[..., None] > 0, quantity / total[..., None].clamp_min(1e-12), 1.0 / n)
-        bounded = torch.clamp(total, _of_terms(low, index, action), _of_terms(high, index, action))
-        exact = (bounded == total)[..., None]
-        return index, torch.where(exact, quantity, share * bounded[..., None])
 
     def arriving(state: Tensor, action: Tensor) -> Tensor:
         """On hand when demand comes."""
@@ -98,16 +83,11 @@ def joint_replenishment(
         index, quantity = ordered(action)
         stock = store_cost(theta, arriving(state, action) - e).sum(-1)
         price = (theta["purchase"] * quantity).sum(-1)
-        if not unlimited:
-            price = _of_terms(factor, index, action) * price
+        if set(factors) != {1.0}:
+            price = _of_terms(factors, index, action) * price
         return -stock - price - theta["fixed"] * (index > 0)
 
-    items = range(n)
-    names = {
-        "state": tuple(pipeline_names(f"item{i}", width)[k] for k in range(width) for i in items),
-        "action": ("terms", *(f"order{i}" for i in items)),
-        "exogenous": tuple(f"demand{i}" for i in items),
-    }
+    names = _names(n, width)
     return ModelMDP(
         initial_state,
         step,
@@ -116,10 +96,44 @@ def joint_replenishment(
         exogenous_dim=n,
         dt=dt,
         discount=discount,
-        names=names | {"signal": names["state"]},
+        names=names,
         units=dict.fromkeys(sum(names.values(), ()), "1"),
         box=box,
     )
+
+
+def _names(items: int, width: int) -> dict[str, tuple[str, ...]]:
+    pipelines = [pipeline_names(f"item{i}", width) for i in range(items)]
+    state = tuple(name for position in zip(*pipelines, strict=True) for name in position)
+    return {
+        "state": state,
+        "signal": state,
+        "action": ("terms", *(f"order{i}" for i in range(items))),
+        "exogenous": tuple(f"demand{i}" for i in range(items)),
+    }
+
+
+def _ordered(terms: Sequence[OrderTerms]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """action `[..., 1 + n]` -> index of the terms `[...]` and quantities `[..., n]` that they allow."""
+    unlimited = all(each.low == 0 and each.high == math.inf for each in terms)
+    low = (0.0, *(each.low for each in terms))
+    high = (0.0, *(each.high for each in terms))
+
+    def ordered(action: Tensor) -> tuple[Tensor, Tensor]:
+        index = action[..., 0].detach().long()
+        quantity = torch.relu(action[..., 1:])
+        if unlimited:
+            return index, quantity * (index > 0).unsqueeze(-1)
+        total = quantity.sum(-1)
+        # nothing to scale where nothing is asked for: then a minimum order is shared equally
+        share = torch.where(
+            total[..., None] > 0, quantity / total[..., None].clamp_min(1e-12), 1.0 / quantity.shape[-1]
+        )
+        bounded = torch.clamp(total, _of_terms(low, index, action), _of_terms(high, index, action))
+        exact = (bounded == total)[..., None]
+        return index, torch.where(exact, quantity, share * bounded[..., None])
+
+    return ordered
 
 
 def _of_terms(values: Sequence[float], index: Tensor, like: Tensor) -> Tensor:

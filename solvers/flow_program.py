@@ -1,0 +1,272 @@
+"""Fleet rebalancing as a linear program: the cheapest flows that bring idle vehicles where they are wanted.
+
+Stations hold q_i vehicles and want t_i; moving one from i to j costs c_ij, staying (c_ii) nothing:
+
+    min  sum_ij c_ij f_ij      subject to   q_i + inflow_i - outflow_i >= t_i,   outflow_i <= q_i,   f >= 0
+
+With staying as an edge it is a transportation problem, so vertices are whole where q and t are. What is solved is much
+smaller: let d_ij be the cost of the cheapest way from i to j by any stations. A feasible flow decomposes into ways from
+stations that have too many (q_i > t_i) to stations that have too few, so
+
+    min  sum_ij d_ij g_ij      subject to   sum_j g_ij <= q_i - t_i,   sum_i g_ij = t_j - q_j,   g >= 0
+
+bounds the program from below, and g laid along its ways attains the bound wherever they pass no station through which
+more than its q vehicles would leave. That is checked for every row; rows that fail are solved in full. If c obeys the
+triangle inequality (`FlowProgram.direct`), every way is one move and nothing can fail.
+
+Many rows are one block-diagonal program, large rows are solved with few columns at first, others added while their
+reduced cost is negative. HiGHS (dual simplex) through `scipy.optimize.linprog`.
+
+Equal costs leave several optima. `tie_break` makes the answer unique without ever preferring a dearer one: costs that
+are whole multiples of `unit` are raised by distinct fractions of it, so small that they cannot add up to one unit along
+the 2n edges of a cycle. The inverse is in `flow_inverse`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+from scipy.optimize import linprog
+from scipy.sparse.csgraph import shortest_path
+from torch import Tensor
+
+from sim2real.solvers.convex import InfeasibleError
+
+Array = np.ndarray
+
+BLOCK = 4000
+"""edges solved in one call: below, the overhead of calls dominates, above, the simplex method"""
+FIRST = 6
+"""edges from and to each station that a large row begins with"""
+TOLERANCE = 1e-9
+"""relative to the largest cost: reduced costs below this are negative"""
+
+
+@dataclass(frozen=True)
+class FlowProgram:
+    """The costs of a graph, prepared once."""
+
+    cost: Array
+    """`[n, n]` as given; inf where no edge is; diagonal 0"""
+    priced: Array
+    """`[n, n]` with ties broken"""
+    way_cost: Array
+    """`[n, n]` of the cheapest way, priced"""
+    before: Array
+    """`[n, n]` last station before j on the cheapest way from i"""
+    direct: bool
+    """every cheapest way is a single edge"""
+
+
+@dataclass(frozen=True)
+class Flows:
+    """Optimal flows of a batch."""
+
+    flows: Tensor
+    """`[B, n, n]` vehicles from i to j, whole; diagonal: those that stay"""
+    cost: Tensor
+    """`[B]` without slack"""
+    shortfall: Tensor
+    """`[B, n]` vehicles wanted that nobody brings; 0 without slack"""
+    full: Tensor
+    """`[B]` bool: rows solved in full, because the cheapest ways pass a station with too few vehicles"""
+
+
+def flow_program(cost: Tensor, *, tie_break: float | None = None, seed: int = 0) -> FlowProgram:
+    """Prepare the costs `[n, n]` (inf: no edge; the diagonal is ignored, staying is free).
+
+    `tie_break`: the unit of which all costs are whole multiples (1 for times in steps); None: ties stay. Raises
+    `ValueError` for costs that are negative, NaN, not square, or not multiples of the unit.
+    """
+    given = cost.detach().cpu().double().numpy().copy()
+    if given.ndim != 2 or given.shape[0] != given.shape[1]:
+        raise ValueError(f"cost must be [n, n], got {list(cost.shape)}")
+    np.fill_diagonal(given, 0.0)
+    if not (given >= 0).all():
+        raise ValueError(f"costs must be at least 0 (inf: no edge), got {given[~(given >= 0)][0]:g}")
+    priced, n = given.copy(), len(given)
+    if tie_break is not None:
+        edges = np.isfinite(given)
+        units = given[edges] / tie_break
+        if not tie_break > 0 or np.abs(units - np.rint(units)).max() > 1e-9:
+            raise ValueError(
+                f"with tie_break = {tie_break:g} all costs must be whole multiples of it, which is positive"
+            )
+        # between 1 and 2, so that of two equal ways the one with fewer edges is cheaper
+        priced += tie_break / (4 * n + 1) * (1 + np.random.default_rng(seed).random((n, n)))
+        np.fill_diagonal(priced, 0.0)
+    away = priced.copy()
+    np.fill_diagonal(away, np.inf)
+    with np.errstate(invalid="ignore"):
+        way_cost, before = shortest_path(
+            np.where(np.isfinite(away), np.maximum(away, 1e-300), 0), return_predecessors=True
+        )
+    tied = priced <= way_cost * (1 + 1e-14)  # of equal ways the edge itself
+    before = np.where(tied, np.arange(n)[:, None], before)
+    way_cost = np.where(tied, priced, way_cost)
+    return FlowProgram(given, priced, way_cost, before, bool(tied.all()))
+
+
+def rebalance_flows(program: FlowProgram, idle: Tensor, target: Tensor, *, slack: float | None = None) -> Flows:
+    """The cheapest flows from `idle` to at least `target`, both `[B, n]` whole numbers.
+
+    `slack`: cost of every vehicle wanted that nobody brings (the targets may then ask for more than there are); None:
+    `InfeasibleError` names the first row that asks for too much. Raises `ValueError` for shapes, negative or fractional
+    numbers.
+    """
+    have, want = (_whole(values, name, len(program.cost)) for values, name in ((idle, "idle"), (target, "target")))
+    if have.shape != want.shape:
+        raise ValueError(f"idle {list(have.shape)} and target {list(want.shape)} must have one shape")
+    moved, full = np.zeros((len(have), *program.cost.shape)), np.zeros(len(have), dtype=bool)
+    for rows in _blocks(have, want):
+        found = _transport(program.way_cost, have[rows], want[rows], slack, rows)
+        moved[rows] = _laid(program, found)
+    if not program.direct:
+        full = (moved.sum(-1) > have).any(-1)
+        for row in np.flatnonzero(full):
+            moved[row] = _solve_in_full(program, have[row], want[row], slack, int(row))
+    reached = have - moved.sum(-1) + moved.sum(-2)
+    cost = (moved * np.where(np.isfinite(program.cost), program.cost, 0)).sum((-1, -2))
+    stations = np.arange(len(program.cost))
+    moved[:, stations, stations] = have - moved.sum(-1)
+    short = np.maximum(want - reached, 0)
+    tensors = (torch.from_numpy(values).to(idle.device) for values in (moved, cost, short, full))
+    return Flows(*tensors)
+
+
+def _whole(values: Tensor, name: str, n: int) -> Array:
+    array = values.detach().cpu().double().numpy()
+    if array.ndim != 2 or array.shape[1] != n:
+        raise ValueError(f"{name} must be [B, {n}], got {list(values.shape)}")
+    if not ((array >= 0) & (array == np.rint(array))).all():
+        raise ValueError(f"{name} must be whole numbers of at least 0; round shares with integer_target")
+    return array
+
+
+def _blocks(have: Array, want: Array) -> list[Array]:
+    """Rows that are solved together."""
+    size = ((have > want).sum(-1) * (want > have).sum(-1)).cumsum()
+    return [rows for rows in np.split(np.arange(len(have)), np.flatnonzero(np.diff(size // BLOCK)) + 1) if len(rows)]
+
+
+def _transport(cost: Array, have: Array, want: Array, slack: float | None, names: Array) -> Array:
+    """Optimal g `[b, n, n]` of the rows `names`, as one program."""
+    b, n = have.shape
+    origin, goal = np.nonzero(have > want), np.nonzero(want > have)
+    supply, demand = (have - want)[origin], (want - have)[goal]
+    source = np.full((b, n), -1)
+    source[origin] = np.arange(len(supply))
+    pair_row, pair_goal = _pairs(origin[0], goal[0])
+    price = cost[origin[1][pair_row], goal[1][pair_goal]]
+    usable = np.isfinite(price)
+    edges = (pair_row[usable], pair_goal[usable], price[usable])
+    if slack is None:
+        wanting = (want.sum(-1) > have.sum(-1)).nonzero()[0]
+        if len(wanting):
+            row = wanting[0]
+            raise InfeasibleError(
+                f"row {names[row]} wants {want[row].sum():g} vehicles of {have[row].sum():g}: pass slack=, the cost of "
+                "a vehicle nobody brings, or targets that sum to at most the idle vehicles (integer_target)",
+                int(names[row]),
+            )
+    flow = _priced_out(edges, supply, demand, slack, names)
+    g = np.zeros((b, n, n))
+    np.add.at(g, (origin[0][edges[0]], origin[1][edges[0]], goal[1][edges[1]]), flow)
+    return g
+
+
+def _pairs(origin_row: Array, goal_row: Array) -> tuple[Array, Array]:
+    """All pairs of an origin and a goal of the same row."""
+    equal = origin_row[:, None] == goal_row[None]
+    pairs = np.nonzero(equal)
+    return pairs[0], pairs[1]
+
+
+def _priced_out(
+    edges: tuple[Array, Array, Array], supply: Array, demand: Array, slack: float | None, names: Array
+) -> Array:
+    """Whole flows of the edges (origin, goal, price): few columns first, then all whose reduced cost is negative."""
+    origin, goal, price = edges
+    if not len(demand):
+        return np.zeros(len(price))
+    chosen = np.ones(len(price), dtype=bool) if len(price) <= 2 * BLOCK else _cheapest(edges, price)
+    dear = 2 * (price.max(initial=0.0) + 1) * (len(supply) + len(demand)) if slack is None else slack
+    while True:
+        index = np.flatnonzero(chosen)
+        k, m = len(index), len(demand)
+        takes = _incidence(origin[index], np.arange(k), (len(supply), k + m))
+        brings = _incidence(np.r_[goal[index], np.arange(m)], np.arange(k + m), (m, k + m))
+        found = linprog(
+            np.r_[price[index], np.full(m, dear)],
+            A_ub=takes,
+            b_ub=supply,
+            A_eq=brings,
+            b_eq=demand,
+            method="highs-ds",
+            options={"presolve": False},
+        )
+        if found.x is None:
+            raise InfeasibleError(f"HiGHS found no flows for rows {names.tolist()}: {found.message}", int(names[0]))
+        reduced = price - found.ineqlin.marginals[origin] - found.eqlin.marginals[goal]
+        missing = (reduced < -TOLERANCE * price.max(initial=1.0)) & ~chosen
+        if not missing.any():
+            break
+        chosen |= _cheapest(edges, np.where(missing, reduced, np.inf)) & missing
+    flow = np.zeros(len(price))
+    flow[index] = np.rint(found.x[:k])
+    if slack is None and np.rint(found.x[k:]).any():
+        raise InfeasibleError(
+            f"no edges lead to some of the stations that want vehicles, in rows {names.tolist()}", None
+        )
+    return flow
+
+
+def _incidence(rows: Array, columns: Array, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+    return scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+
+
+def _cheapest(edges: tuple[Array, Array, Array], value: Array) -> Array:
+    """Which edges are among the `FIRST` of least value of their origin or of their goal."""
+    chosen = np.zeros(len(value), dtype=bool)
+    for end in edges[:2]:
+        order = np.lexsort((value, end))
+        sorted_end = end[order]
+        rank = np.arange(len(order)) - np.searchsorted(sorted_end, sorted_end)
+        chosen[order[rank < FIRST]] = True
+    return chosen & np.isfinite(value)
+
+
+def _laid(program: FlowProgram, g: Array) -> Array:
+    """The flows of g along the cheapest ways, `[b, n, n]`."""
+    if program.direct:
+        return g
+    flows = np.zeros_like(g)
+    row, origin, last = np.nonzero(g)
+    amount = g[row, origin, last]
+    while len(row):
+        previous = program.before[origin, last]
+        np.add.at(flows, (row, previous, last), amount)
+        further = previous != origin
+        row, origin, last, amount = row[further], origin[further], previous[further], amount[further]
+    return flows
+
+
+def _solve_in_full(program: FlowProgram, have: Array, want: Array, slack: float | None, name: int) -> Array:
+    """All edges of one row: outflow at most what is there, inflow less outflow at least what is missing."""
+    n = len(have)
+    origin, goal = np.nonzero(np.isfinite(program.priced) & ~np.eye(n, dtype=bool))
+    k = np.arange(len(origin))
+    leaves, enters = _incidence(origin, k, (n, len(k))), _incidence(goal, k, (n, len(k)))
+    lacks = scipy.sparse.eye_array(n) if slack is not None else scipy.sparse.csr_array((n, 0))
+    none = scipy.sparse.csr_array((n, lacks.shape[1]))
+    rows = scipy.sparse.block_array([[leaves, none], [leaves - enters, -lacks]])
+    prices = np.r_[program.priced[origin, goal], np.full(lacks.shape[1], slack or 0.0)]
+    found = linprog(prices, A_ub=rows, b_ub=np.r_[have, have - want], method="highs-ds")
+    if found.x is None:
+        raise InfeasibleError(f"HiGHS found no flows for row {name}: {found.message}", name)
+    flows = np.zeros((n, n))
+    flows[origin, goal] = np.rint(found.x[: len(k)])
+    return flows

@@ -24,6 +24,8 @@ class Figure:
     unit: str
     n: int
     reference: float | None = None
+    command: str | None = None
+    """what printed a figure that is read from a file"""
 
 
 class MissingError(RuntimeError):
@@ -61,8 +63,11 @@ def show(name: str, figure: Figure, seconds: float, as_json: bool) -> None:
             "reference": figure.reference,
             "seconds": round(seconds, 2),
         }
+        if figure.command is not None:
+            line["command"] = figure.command
         print(json.dumps(line), flush=True)
     else:
         reference = "" if figure.reference is None else f" (reference {figure.reference:.6g})"
         text = f"{figure.value:.6g} {figure.unit}, n = {figure.n}{reference}, {seconds:.1f} s"
+        text += f", by {figure.command}" if figure.command is not None else ""
         print(f"{name}/{figure.metric}: {text}", flush=True)

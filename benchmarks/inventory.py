@@ -1,13 +1,17 @@
 """Inventory networks by hindsight differentiation: gaps to exact optima, value of symmetry, speed.
 
-`m-hdpo/CLASS`: relative gap of the trained network to the optimum, on test paths that the optimal policy runs as well
-(transshipment: to a lower bound); `CLASS-stderr` its standard error over paths; `minutes` are those of one core for the
-training of one store, backlogged, lead time 4, shortage cost 9. Quick: fewer steps, one instance of each of the first
-two classes.
+Trainings take a minute each, so the first two bars read the rows of `study_hdpo.py` in `results/hdpo.json`, and every
+figure names the command of its row; `--quick` trains anew, shortly, and reads none.
 
-`m-symmetry/gain`: one warehouse, 16 training paths, share of the plain network's cost that the symmetry-aware one
-saves, each after the number of steps that is best on held-out paths; `transfer`: cost of weights trained with 10
-stores, run with 50, over that of weights trained there, less 1.
+`m-hdpo/CLASS`: largest relative gap of a trained network to the optimum over the instances of the class that have rows
+(n of them), each on 500 test paths of 5000 periods that the optimum runs as well (transshipment: the relaxed problem,
+whose cost is a lower bound); `CLASS-INSTANCE`, `-stderr`: each instance, standard error over paths. `minutes`: CPU
+minutes of one core for the training of one store, backlogged, lead time 4, shortage cost 9.
+
+`m-symmetry/gain-N`: one warehouse, N stores, 16 training paths: share of the plain network's cost that the
+symmetry-aware one saves, both on the same test paths, each with the weights that are best on held-out paths; `gain` is
+the smallest. `transfer-N-M`: cost of weights trained with N stores, run with M, over that of weights trained there,
+less 1; `transfer` is the largest.
 
 `m-speed`: one warehouse, 50 stores, 8192 paths: simulated periods with their gradient per second, ours over the peer's
 (`inventory_peer`), each in the number of paths at a time that suits it best; weights of the published sizes (32 wide,
@@ -30,21 +34,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import inventory_peer as peer
-from benchmarks.bars import Figure, main
+from benchmarks.bars import Figure, MissingError, main
 from benchmarks.inventory_training import (
     Recipe,
-    Trial,
     backlogged,
     gap,
     held_out,
     held_out_cost,
     lost,
-    serial,
-    train,
+    selected,
     trained,
-    transshipment,
     warehouse,
 )
+from benchmarks.study_hdpo import FILE, MOVED, Row, stored
 from sim2real.estimators import pathwise_gradient
 from sim2real.inventory_policies import StoreTraits, symmetry_aware_policy, symmetry_aware_weights
 from sim2real.mdp import Noise
@@ -53,51 +55,68 @@ from sim2real.policy import Policy, deterministic_policy
 from sim2real.simulators.inventory_tasks import InventoryTask, one_warehouse_task, store_traits, task_noise
 
 
+def rows_of(task: str) -> dict[str, Row]:
+    """Stored rows of seed 0 by instance. Raises `MissingError` when there are none."""
+    found = {row["instance"]: row for row in stored() if row["instance"].startswith(task) and row["seed"] == 0}
+    if not found:
+        raise MissingError(f"no rows of {task} in {FILE}; run make study-hdpo")
+    return found
+
+
 def m_hdpo(quick: bool) -> Iterator[Figure]:
-    """Trains one instance of each class (quick: of the first two, with fewer steps)."""
-    steps = 500 if quick else 2000
-    trials = [backlogged(4, 9.0, Recipe(steps)), lost(4, 9.0, Recipe(steps))]
-    if not quick:
-        trials += [serial(4, 9.0), transshipment(5, 0.5, 2, 4.0, Recipe(2000, 3e-3, batch=256, paths=8192))]
-    for trial in trials:
-        name = trial.name.split("/")[0]
-        nu, seconds = trained(trial)
-        noise = held_out(trial, 500, 1000 if quick else 3000)
-        value, stderr = gap(trial, nu, noise, 500)
-        yield Figure(name, value, "1", len(noise.process), {"backlogged": 0.0011}.get(name))
-        yield Figure(f"{name}-stderr", stderr, "1", len(noise.process))
-        if name == "backlogged":
-            yield Figure("minutes", seconds / 60, "CPU minutes", 1, 241 / 60)
-
-
-def best_on_held_out(trial: Trial, every: int, chosen: Noise, judged: Noise, ignore: int) -> tuple[float, Params]:
-    """Cost on `judged` of the weights that are cheapest on `chosen` among those after each `every` steps."""
-    best, cheapest = trial.weights, float("inf")
-    for step, nu in train(trial):
-        if step % every == 0:
-            cost = float(held_out_cost(trial, nu, chosen, ignore).mean())
-            if cost < cheapest:
-                best, cheapest = {key: value.clone() for key, value in nu.items()}, cost
-    return float(held_out_cost(trial, best, judged, ignore).mean()), best
+    """Quick: 500 steps on one instance of each of the first two classes."""
+    if quick:
+        for trial in (backlogged(4, 9.0, Recipe(500)), lost(4, 9.0, Recipe(500))):
+            nu, _seconds = trained(trial)
+            noise = held_out(trial, 500, 1000)
+            value, stderr = gap(trial, held_out_cost(trial, nu, noise, 500), noise, 500)
+            yield Figure(f"{trial.name.split('/')[0]}-quick", value, "1", len(noise.process))
+            yield Figure(f"{trial.name.split('/')[0]}-quick-stderr", stderr, "1", len(noise.process))
+        return
+    for kind in ("backlogged", "lost", "serial", "transshipment"):
+        rows = rows_of(f"{kind}/")
+        worst = max(rows.values(), key=lambda row: row["gap"])
+        reference = {"backlogged": 0.0011}.get(kind)
+        yield Figure(kind, worst["gap"], "1", len(rows), reference, worst["command"])
+        for name, row in rows.items():
+            label, paths = name.replace("/", "-"), row["test"]["paths"]
+            yield Figure(label, row["gap"], "1", paths, command=row["command"])
+            yield Figure(f"{label}-stderr", row["gap_stderr"], "1", paths, command=row["command"])
+    row = rows_of("backlogged/L4-p9")["backlogged/L4-p9"]
+    yield Figure("minutes", row["cpu_seconds"] / 60, "CPU minutes", 1, 241 / 60, row["command"])
 
 
 def m_symmetry(quick: bool) -> Iterator[Figure]:
-    """16 training paths; 10 stores (full: also 50)."""
-    steps, costs, weights = (400 if quick else 2000), {}, {}
-    for stores in (10,) if quick else (10, 50):
-        recipe = Recipe(steps, batch=16, paths=16)
+    """Quick: 100 steps with 10 stores."""
+    if quick:
+        costs = []
         for symmetric in (False, True):
-            trial = warehouse(stores, replace(recipe, rate=3e-3 if symmetric else 3e-4), symmetric=symmetric)
-            chosen = task_noise(trial.task, 64, 150, seed=trial.task.train_seed + 1, dtype=torch.float32)
-            judged = held_out(trial, 128, 400)
-            costs[stores, symmetric], weights[stores] = best_on_held_out(trial, steps // 10, chosen, judged, 60)
-        yield Figure(f"plain-{stores}", costs[stores, False], "cost", 128)
-        yield Figure(f"symmetric-{stores}", costs[stores, True], "cost", 128)
-        yield Figure(f"gain-{stores}", 1 - costs[stores, True] / costs[stores, False], "1", 128)
-    if not quick:
-        there = warehouse(50, Recipe(1), symmetric=True)
-        moved = float(held_out_cost(there, weights[10], held_out(there, 128, 400), 60).mean())
-        yield Figure("transfer", moved / costs[50, True] - 1, "1", 128)
+            recipe = Recipe(100, 3e-3 if symmetric else 3e-4, batch=16, paths=16)
+            trial = warehouse(10, recipe, symmetric=symmetric)
+            nu, _seconds, _step = selected(trial, 25)
+            costs.append(float(held_out_cost(trial, nu, held_out(trial, 64, 200), 60).mean()))
+        yield Figure("gain-10-quick", 1 - costs[1] / costs[0], "1", 64)
+        return
+    rows = rows_of("warehouse/")
+    shared = {n: rows[name] for n in MOVED if (name := f"warehouse/n{n}-16-symmetric") in rows}
+    gains = {}
+    for n, row in shared.items():
+        if plain := rows.get(f"warehouse/n{n}-16-plain"):
+            gains[n] = Figure(f"gain-{n}", 1 - row["cost"] / plain["cost"], "1", 1, command=row["command"])
+            yield Figure(f"plain-{n}", plain["cost"], "cost", plain["test"]["paths"], command=plain["command"])
+            yield Figure(f"symmetric-{n}", row["cost"], "cost", row["test"]["paths"], command=row["command"])
+            yield gains[n]
+    if gains:
+        yield replace(min(gains.values(), key=lambda each: each.value), metric="gain", n=len(gains))
+    transfers = [
+        Figure(f"transfer-{n}-{m}", row["moved"][str(m)] / there["cost"] - 1, "1", 1, command=row["command"])
+        for n, row in shared.items()
+        for m, there in shared.items()
+        if m != n
+    ]
+    yield from transfers
+    if transfers:
+        yield replace(max(transfers, key=lambda each: each.value), metric="transfer", n=len(transfers))
 
 
 def m_speed(quick: bool) -> Iterator[Figure]:
@@ -118,9 +137,9 @@ def m_speed(quick: bool) -> Iterator[Figure]:
         nu = {key: value.float() for key, value in weights.items()}
         mine = partial(our_gradient, task, policy, nu, noise)
         others = {name: peer_gradient(task, decide, nu, noise, traits) for name, decide in forms.items()}
+        racers: dict[str, Callable[[slice], Params]] = {"ours": mine, **others}
         rates = {
-            name: max(periods / _seconds(form, paths, size, rounds) for size in sizes)
-            for name, form in {"ours": mine, **others}.items()
+            name: max(periods / _seconds(form, paths, size, rounds) for size in sizes) for name, form in racers.items()
         }
         ours = rates.pop("ours")
         yield Figure(f"periods-per-second{label}", ours, "1/s", rounds)

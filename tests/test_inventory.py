@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import shared, stack
 
+from benchmarks.bars import MissingError
 from benchmarks.oracles.base_stock import (
     clipped_normal,
     newsvendor,
@@ -324,8 +325,35 @@ def test_study_resumes_where_it_stopped(tmp_path, capsys):
     from benchmarks.study_hdpo import run
 
     for _ in range(2):
-        run(tmp_path / "rows.json", steps=2, only="L1-p4", seed=0, quick=True)
+        run(tmp_path / "rows.json", ["L1-p4"], steps=2, seed=0, quick=True)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["instance"] for row in rows] == ["backlogged/L1-p4", "lost/L1-p4"]
     assert {"gap", "cost", "cpu_seconds", "command", "machine", "versions"} <= rows[0].keys()
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_bars_of_the_study_are_the_worst_rows_with_their_commands(monkeypatch):
+    from benchmarks import inventory as bars
+
+    def row(instance: str, **figures: object) -> dict[str, object]:
+        return {"instance": instance, "seed": 0, "command": f"train {instance}", "test": {"paths": 5}} | figures
+
+    rows = [
+        row(f"{kind}/L4-p9", gap=0.001, gap_stderr=0.1, cpu_seconds=30.0) for kind in ("backlogged", "lost", "serial")
+    ]
+    rows += [row("backlogged/L1-p4", gap=0.002, gap_stderr=0.1), row("transshipment/n3", gap=0.01, gap_stderr=0.1)]
+    rows += [row(f"warehouse/n{n}-16-plain", cost=8.0) for n in (10, 50)]
+    rows += [row("warehouse/n10-16-symmetric", cost=6.0, moved={"50": 6.3})]
+    rows += [row("warehouse/n50-16-symmetric", cost=7.0, moved={"10": 6.06})]
+    monkeypatch.setattr(bars, "stored", lambda: rows)
+    gaps = {figure.metric: figure for figure in bars.m_hdpo(quick=False)}
+    assert (gaps["backlogged"].value, gaps["backlogged"].n) == (0.002, 2)
+    assert gaps["backlogged"].command == "train backlogged/L1-p4"
+    assert gaps["minutes"].value == 0.5
+    saved = {figure.metric: figure.value for figure in bars.m_symmetry(quick=False)}
+    assert saved["gain"] == saved["gain-50"] == pytest.approx(0.125)
+    assert saved["transfer-10-50"] == pytest.approx(-0.1)
+    assert saved["transfer"] == saved["transfer-50-10"] == pytest.approx(0.01)
+    monkeypatch.setattr(bars, "stored", list)
+    with pytest.raises(MissingError, match="no rows"):
+        next(bars.m_hdpo(quick=False))

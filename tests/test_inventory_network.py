@@ -183,6 +183,25 @@ def test_transshipment_costs_at_least_its_bound():
     assert bound - 4 * float(cost.std()) / math.sqrt(300) < float(cost.mean()) < 1.03 * bound
 
 
+def test_the_relaxed_problem_costs_the_bound_and_no_more_than_a_policy():
+    from benchmarks.inventory_training import relaxed_cost
+
+    task = TASKS["transshipment"]
+    noise = task_noise(task, 300, 400, seed=65)
+    relaxed = relaxed_cost(task, 0.5, noise, 100)
+    bound = transshipment_bound(task.std.numpy(), 0.5, 2, 4.0) / 3
+    # fixed seed, false alarms 6e-5: four standard errors
+    assert float(relaxed.mean()) == pytest.approx(bound, abs=4 * float(relaxed.std()) / math.sqrt(300))
+    excess = mean_cost(task, fair_shares(task), {}, noise, ignore=100) - relaxed
+    # only stores that would have to send stock back tell the two apart, so it spreads far less than the cost
+    assert 0 <= float(excess.mean()) < 0.03 * bound
+    assert float(excess.std()) < 0.2 * float(relaxed.std())
+    with pytest.raises(ValueError, match="5 ignored periods"):
+        relaxed_cost(task, 0.5, noise, 4)
+    with pytest.raises(ValueError, match="no routes"):
+        relaxed_cost(one_store_task(1, 4.0), 0.5, noise, 100)
+
+
 def fair_shares(task: InventoryTask, fractile: float = 0.8):
     """Order up to the level of the relaxed problem; give each store the same number of deviations."""
     from scipy.stats import norm

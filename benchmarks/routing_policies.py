@@ -58,8 +58,9 @@ class RoutingLog:
 
 
 def fleet_program(scenario: RoutingScenario) -> FlowProgram:
-    """The lower level: travel times in steps as costs, ties broken."""
-    return flow_program(scenario.move_steps, tie_break=1.0)
+    """The lower level: travel times in steps as costs; of equally cheap flows, short moves towards busy stations."""
+    busy = scenario.rates[: scenario.steps].sum((0, -1))
+    return flow_program(scenario.move_steps, tie_break=1.0, preference=busy * scenario.move_steps)
 
 
 def expected_requests(scenario: RoutingScenario, step: int, steps: int) -> Tensor:

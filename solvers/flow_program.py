@@ -18,7 +18,7 @@ Many rows are one block-diagonal program, large rows are solved with few columns
 reduced cost is negative. HiGHS (dual simplex) through `scipy.optimize.linprog`.
 
 Equal costs leave several optima. `tie_break` makes the answer unique without ever preferring a dearer one: costs that
-are whole multiples of `unit` are raised by distinct fractions of it, so small that they cannot add up to one unit along
+are whole multiples of a unit are raised by distinct fractions of it, so small that they cannot add up to one unit along
 the 2n edges of a cycle. The inverse is in `flow_inverse`.
 """
 
@@ -75,29 +75,28 @@ class Flows:
     """`[B]` bool: rows solved in full, because the cheapest ways pass a station with too few vehicles"""
 
 
-def flow_program(cost: Tensor, *, tie_break: float | None = None, seed: int = 0) -> FlowProgram:
+def flow_program(
+    cost: Tensor, *, tie_break: float | None = None, preference: Tensor | None = None, seed: int = 0
+) -> FlowProgram:
     """Prepare the costs `[n, n]` (inf: no edge; the diagonal is ignored, staying is free).
 
-    `tie_break`: the unit of which all costs are whole multiples (1 for times in steps); None: ties stay. Raises
-    `ValueError` for costs that are negative, NaN, not square, or not multiples of the unit.
+    `tie_break`: the unit of which all costs are whole multiples (1 for times in steps); None: ties stay. `preference`
+    `[n, n]`, at least 0: a second cost that decides between equally cheap flows; None: the fewest moves. Raises
+    `ValueError` for costs or preferences that are negative, NaN or not square, or costs not multiples of the unit.
     """
-    given = cost.detach().cpu().double().numpy().copy()
-    if given.ndim != 2 or given.shape[0] != given.shape[1]:
-        raise ValueError(f"cost must be [n, n], got {list(cost.shape)}")
-    np.fill_diagonal(given, 0.0)
-    if not (given >= 0).all():
-        raise ValueError(f"costs must be at least 0 (inf: no edge), got {given[~(given >= 0)][0]:g}")
+    given = _square(cost, "cost")
     priced, n = given.copy(), len(given)
     if tie_break is not None:
-        edges = np.isfinite(given)
-        units = given[edges] / tie_break
+        units = given[np.isfinite(given)] / tie_break
         if not tie_break > 0 or np.abs(units - np.rint(units)).max() > 1e-9:
-            raise ValueError(
-                f"with tie_break = {tie_break:g} all costs must be whole multiples of it, which is positive"
-            )
-        # between 1 and 2, so that of two equal ways the one with fewer edges is cheaper
-        priced += tie_break / (4 * n + 1) * (1 + np.random.default_rng(seed).random((n, n)))
+            raise ValueError(f"with tie_break = {tie_break:g} all costs must be whole multiples of it; it is positive")
+        chance = np.random.default_rng(seed).random((n, n))
+        # both at most 2; in the first, two edges always weigh more than one
+        second = 1 + chance if preference is None else _second(_square(preference, "preference"), n) + 0.02 * chance
+        priced += tie_break / (4 * n + 1) * second
         np.fill_diagonal(priced, 0.0)
+    elif preference is not None:
+        raise ValueError("preference decides between equal costs: pass tie_break, the unit of the costs, too")
     away = priced.copy()
     np.fill_diagonal(away, np.inf)
     with np.errstate(invalid="ignore"):
@@ -110,6 +109,23 @@ def flow_program(cost: Tensor, *, tie_break: float | None = None, seed: int = 0)
     return FlowProgram(given, priced, way_cost, before, bool(tied.all()))
 
 
+def _square(values: Tensor, name: str) -> Array:
+    given = values.detach().cpu().double().numpy().copy()
+    if given.ndim != 2 or given.shape[0] != given.shape[1]:
+        raise ValueError(f"{name} must be [n, n], got {list(values.shape)}")
+    np.fill_diagonal(given, 0.0)
+    if not (given >= 0).all():
+        raise ValueError(f"{name} must be at least 0 (inf: no edge), got {given[~(given >= 0)][0]:g}")
+    return given
+
+
+def _second(preference: Array, n: int) -> Array:
+    """Scaled to at most 1.98."""
+    if preference.shape != (n, n) or not np.isfinite(preference).all():
+        raise ValueError(f"preference must be finite and [{n}, {n}] like cost, got shape {list(preference.shape)}")
+    return 1.98 * preference / max(preference.max(), 1e-300)
+
+
 def rebalance_flows(program: FlowProgram, idle: Tensor, target: Tensor, *, slack: float | None = None) -> Flows:
     """The cheapest flows from `idle` to at least `target`, both `[B, n]` whole numbers.
 
@@ -120,21 +136,25 @@ def rebalance_flows(program: FlowProgram, idle: Tensor, target: Tensor, *, slack
     have, want = (_whole(values, name, len(program.cost)) for values, name in ((idle, "idle"), (target, "target")))
     if have.shape != want.shape:
         raise ValueError(f"idle {list(have.shape)} and target {list(want.shape)} must have one shape")
-    moved, full = np.zeros((len(have), *program.cost.shape)), np.zeros(len(have), dtype=bool)
-    for rows in _blocks(have, want):
-        found = _transport(program.way_cost, have[rows], want[rows], slack, rows)
-        moved[rows] = _laid(program, found)
-    if not program.direct:
-        full = (moved.sum(-1) > have).any(-1)
-        for row in np.flatnonzero(full):
-            moved[row] = _solve_in_full(program, have[row], want[row], slack, int(row))
-    reached = have - moved.sum(-1) + moved.sum(-2)
-    cost = (moved * np.where(np.isfinite(program.cost), program.cost, 0)).sum((-1, -2))
+    wanting = np.flatnonzero(want.sum(-1) > have.sum(-1))
+    if slack is None and len(wanting):
+        row = int(wanting[0])
+        raise InfeasibleError(
+            f"row {row} wants {want[row].sum():g} vehicles of {have[row].sum():g}: pass slack=, the cost of a vehicle "
+            "nobody brings, or targets that sum to at most the idle vehicles (integer_target)",
+            row,
+        )
+    every, spare = np.arange(len(have)), np.maximum(have - want, 0)
+    moved = _laid(program, _transport(program.way_cost, spare, np.maximum(want - have, 0), slack, every))
+    full = (moved.sum(-1) > have).any(-1)
+    if full.any():
+        moved[full] = _transport(program.priced, have[full], want[full], slack, every[full])
     stations = np.arange(len(program.cost))
+    moved[:, stations, stations] = 0.0
+    cost = (moved * np.where(np.isfinite(program.cost), program.cost, 0)).sum((-1, -2))
     moved[:, stations, stations] = have - moved.sum(-1)
-    short = np.maximum(want - reached, 0)
-    tensors = (torch.from_numpy(values).to(idle.device) for values in (moved, cost, short, full))
-    return Flows(*tensors)
+    short = np.maximum(want - moved.sum(-2), 0)
+    return Flows(*(torch.from_numpy(values).to(idle.device) for values in (moved, cost, short, full)))
 
 
 def _whole(values: Tensor, name: str, n: int) -> Array:
@@ -146,43 +166,19 @@ def _whole(values: Tensor, name: str, n: int) -> Array:
     return array
 
 
-def _blocks(have: Array, want: Array) -> list[Array]:
-    """Rows that are solved together."""
-    size = ((have > want).sum(-1) * (want > have).sum(-1)).cumsum()
-    return [rows for rows in np.split(np.arange(len(have)), np.flatnonzero(np.diff(size // BLOCK)) + 1) if len(rows)]
-
-
-def _transport(cost: Array, have: Array, want: Array, slack: float | None, names: Array) -> Array:
-    """Optimal g `[b, n, n]` of the rows `names`, as one program."""
-    b, n = have.shape
-    origin, goal = np.nonzero(have > want), np.nonzero(want > have)
-    supply, demand = (have - want)[origin], (want - have)[goal]
-    source = np.full((b, n), -1)
-    source[origin] = np.arange(len(supply))
-    pair_row, pair_goal = _pairs(origin[0], goal[0])
-    price = cost[origin[1][pair_row], goal[1][pair_goal]]
-    usable = np.isfinite(price)
-    edges = (pair_row[usable], pair_goal[usable], price[usable])
-    if slack is None:
-        wanting = (want.sum(-1) > have.sum(-1)).nonzero()[0]
-        if len(wanting):
-            row = wanting[0]
-            raise InfeasibleError(
-                f"row {names[row]} wants {want[row].sum():g} vehicles of {have[row].sum():g}: pass slack=, the cost of "
-                "a vehicle nobody brings, or targets that sum to at most the idle vehicles (integer_target)",
-                int(names[row]),
-            )
-    flow = _priced_out(edges, supply, demand, slack, names)
-    g = np.zeros((b, n, n))
-    np.add.at(g, (origin[0][edges[0]], origin[1][edges[0]], goal[1][edges[1]]), flow)
+def _transport(cost: Array, supply: Array, demand: Array, slack: float | None, names: Array) -> Array:
+    """Cheapest g `[b, n, n]` with row sums of at most `supply` and column sums `demand`, both `[b, n]`."""
+    g = np.zeros((*supply.shape, supply.shape[1]))
+    size = ((supply > 0).sum(-1) * (demand > 0).sum(-1)).cumsum()
+    for rows in np.split(np.arange(len(supply)), np.flatnonzero(np.diff(size // BLOCK)) + 1):
+        origin, goal = np.nonzero(supply[rows]), np.nonzero(demand[rows])
+        if len(goal[0]):
+            pair = np.nonzero((origin[0][:, None] == goal[0]) & np.isfinite(cost[origin[1][:, None], goal[1]]))
+            price = cost[origin[1][pair[0]], goal[1][pair[1]]]
+            ends = (supply[rows][origin], demand[rows][goal])
+            flow = _priced_out((*pair, price), *ends, slack, names[rows])
+            g[rows[origin[0][pair[0]]], origin[1][pair[0]], goal[1][pair[1]]] = flow
     return g
-
-
-def _pairs(origin_row: Array, goal_row: Array) -> tuple[Array, Array]:
-    """All pairs of an origin and a goal of the same row."""
-    equal = origin_row[:, None] == goal_row[None]
-    pairs = np.nonzero(equal)
-    return pairs[0], pairs[1]
 
 
 def _priced_out(
@@ -190,20 +186,17 @@ def _priced_out(
 ) -> Array:
     """Whole flows of the edges (origin, goal, price): few columns first, then all whose reduced cost is negative."""
     origin, goal, price = edges
-    if not len(demand):
-        return np.zeros(len(price))
     chosen = np.ones(len(price), dtype=bool) if len(price) <= 2 * BLOCK else _cheapest(edges, price)
     dear = 2 * (price.max(initial=0.0) + 1) * (len(supply) + len(demand)) if slack is None else slack
-    while True:
+    m, flow, missing = len(demand), np.zeros(len(price)), chosen
+    while missing.any():
         index = np.flatnonzero(chosen)
-        k, m = len(index), len(demand)
-        takes = _incidence(origin[index], np.arange(k), (len(supply), k + m))
-        brings = _incidence(np.r_[goal[index], np.arange(m)], np.arange(k + m), (m, k + m))
+        k = len(index)
         found = linprog(
             np.r_[price[index], np.full(m, dear)],
-            A_ub=takes,
+            A_ub=_incidence(origin[index], np.arange(k), (len(supply), k + m)),
             b_ub=supply,
-            A_eq=brings,
+            A_eq=_incidence(np.r_[goal[index], np.arange(m)], np.arange(k + m), (m, k + m)),
             b_eq=demand,
             method="highs-ds",
             options={"presolve": False},
@@ -212,15 +205,10 @@ def _priced_out(
             raise InfeasibleError(f"HiGHS found no flows for rows {names.tolist()}: {found.message}", int(names[0]))
         reduced = price - found.ineqlin.marginals[origin] - found.eqlin.marginals[goal]
         missing = (reduced < -TOLERANCE * price.max(initial=1.0)) & ~chosen
-        if not missing.any():
-            break
         chosen |= _cheapest(edges, np.where(missing, reduced, np.inf)) & missing
-    flow = np.zeros(len(price))
     flow[index] = np.rint(found.x[:k])
     if slack is None and np.rint(found.x[k:]).any():
-        raise InfeasibleError(
-            f"no edges lead to some of the stations that want vehicles, in rows {names.tolist()}", None
-        )
+        raise InfeasibleError(f"no edges lead to stations that want vehicles, in rows {names.tolist()}", None)
     return flow
 
 
@@ -251,22 +239,4 @@ def _laid(program: FlowProgram, g: Array) -> Array:
         np.add.at(flows, (row, previous, last), amount)
         further = previous != origin
         row, origin, last, amount = row[further], origin[further], previous[further], amount[further]
-    return flows
-
-
-def _solve_in_full(program: FlowProgram, have: Array, want: Array, slack: float | None, name: int) -> Array:
-    """All edges of one row: outflow at most what is there, inflow less outflow at least what is missing."""
-    n = len(have)
-    origin, goal = np.nonzero(np.isfinite(program.priced) & ~np.eye(n, dtype=bool))
-    k = np.arange(len(origin))
-    leaves, enters = _incidence(origin, k, (n, len(k))), _incidence(goal, k, (n, len(k)))
-    lacks = scipy.sparse.eye_array(n) if slack is not None else scipy.sparse.csr_array((n, 0))
-    none = scipy.sparse.csr_array((n, lacks.shape[1]))
-    rows = scipy.sparse.block_array([[leaves, none], [leaves - enters, -lacks]])
-    prices = np.r_[program.priced[origin, goal], np.full(lacks.shape[1], slack or 0.0)]
-    found = linprog(prices, A_ub=rows, b_ub=np.r_[have, have - want], method="highs-ds")
-    if found.x is None:
-        raise InfeasibleError(f"HiGHS found no flows for row {name}: {found.message}", name)
-    flows = np.zeros((n, n))
-    flows[origin, goal] = np.rint(found.x[: len(k)])
     return flows

@@ -45,6 +45,12 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     return tuple(x.view_as(x) for x in ctx.saved_tensors)
 
 
+def undifferentiated() -> bool:
+    """Whether nobody can ask for a derivative of what is computed now: no graph, no transform, no forward mode."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return not (torch.is_grad_enabled() or transformed) and forward_ad._current_level < 0
+
+
 def pushforward(function: Callable[[Inputs], Params], x: Inputs, tangent: Inputs) -> Params:
     """Jacobian of `function` at x times the tangent."""
     value, pull = vjp(function, x)[:2]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sim2real.function_rules import forward_rule, primals, saved
+from sim2real.function_rules import forward_rule, primals, saved, undifferentiated
 
 Tensors = tuple[Tensor, ...]
 Wanted = tuple[bool, ...]
@@ -57,6 +57,8 @@ class Program:
 
 def evaluate(program: Program, *inputs: Tensor) -> Tensors:
     """Outputs of the program, differentiable to second order in every input."""
+    if undifferentiated():
+        return program.value(_plain(inputs))
     outputs: Tensors = _Value.apply(_Call(program, len(inputs)), *inputs)
     return outputs
 
@@ -84,9 +86,12 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         if all(cotangent is None for cotangent in g):  # as when only a product that was given y is differentiated
             return (None,) * (1 + ctx.call.count)
-        call, tensors = ctx.call, saved(ctx)
-        x, y = tensors[: call.count], tensors[call.count :]
-        return None, *_pull(call.program, x, y, _filled(g, y), ctx.needs_input_grad[1:])
+        call, plain = ctx.call, undifferentiated()
+        tensors = _plain(ctx.saved_tensors) if plain else saved(ctx)
+        x, y, wanted = tensors[: call.count], tensors[call.count :], ctx.needs_input_grad[1:]
+        if not plain:
+            return None, *_pull(call.program, x, y, _filled(g, y), wanted)
+        return None, *_fitted(call.program.pull(x, y, _plain(_filled(g, y)), wanted), x, wanted)
 
     @staticmethod
     @forward_rule
@@ -270,8 +275,7 @@ def _pull(
     program: Program, x: Tensors, y: Tensors, g: Tensors, wanted: Wanted, *, like: Tensors | None = None
 ) -> tuple[Tensor | None, ...]:
     """J' g for every input, None where not wanted, summed over the copies that share the input."""
-    grads = iter(_Pull.apply(_Call(program, len(x), tuple(wanted)), *x, *y, *g))
-    return tuple(_fit(next(grads), t) if want else None for t, want in zip(like or x, wanted, strict=True))
+    return _fitted(_Pull.apply(_Call(program, len(x), tuple(wanted)), *x, *y, *g), like or x, wanted)
 
 
 def _second(
@@ -328,6 +332,12 @@ def _zeros(tensors: Sequence[Tensor]) -> Tensors:
 
 def _filled(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensors:
     return tuple(_zeros((x,))[0] if t is None else t for t, x in zip(tangents, like, strict=True))
+
+
+def _fitted(found: Tensors, like: Tensors, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """The gradients of the wanted inputs in their places, summed over the copies that share an input."""
+    grads = iter(found)
+    return tuple(_fit(next(grads), t) if want else None for t, want in zip(like, wanted, strict=True))
 
 
 def _fit(grad: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -68,6 +70,32 @@ class _Plan:
     shapes: tuple[tuple[int, ...], ...]
     """of the gradients by the program's inputs, without copies"""
     scratch: int
+    seats: dict[Pass, list[_Seat]]
+    """those that no thread uses now"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Seat:
+    """What one thread needs to run a pass, kept from call to call."""
+
+    launch: Any
+    words: NDArray[np.int64]
+    scratch: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where the gradients of one call lie in one piece of memory."""
+
+    numbers: int
+    views: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    """shape, strides and offset of each"""
+    places: NDArray[np.int64]
+    """of address and strides in the words of a slot's first part"""
+    offsets: NDArray[np.int64]
+    """what stands there, bytes; addresses from the start of that memory"""
+    starts: NDArray[np.int64]
+    """which of the places are addresses"""
 
 
 def kernel_products(structure: Structure, names: tuple[str, ...], kind: Kind) -> KernelProducts | None:
@@ -82,17 +110,17 @@ def kernel_products(structure: Structure, names: tuple[str, ...], kind: Kind) ->
     def push(x: Tensors, dx: Tensors, y: Tensors) -> tuple[Tensors, Tensor]:
         count = _copies((*x, *dx, *y))
         dw = torch.empty(structure.model.nv, _width(count), dtype=torch.float64)[:, :count].T
-        slots = _slots(plan, x, y)
-        moves = _slots(plan, dx, ())
-        covered = _run(plan, "push", count, slots, moves, {"cotangent": dw}, {})
+        words = plan.words.copy()
+        _describe(words, 2, "cotangent", dw, count)
+        covered = _run(plan, "push", count, words, _slots(plan, x, y), _slots(plan, dx, ()))
         return (dw, torch.zeros_like(dw)), covered
 
     def pull(x: Tensors, y: Tensors, g: Tensors, wanted: Wanted) -> tuple[Tensors, Tensor]:
         count = _copies((*x, *y, *g))
-        grads = _room(plan, count, wanted)
+        words = plan.words.copy()
+        grads = _room(plan, count, wanted, words, 2)
         slots = _slots(plan, x, y) | {"cotangent": g[0]}
-        covered = _run(plan, "pull", count, slots, {}, _chosen(plan, grads, wanted), {})
-        return grads, covered
+        return grads, _run(plan, "pull", count, words, slots, {})
 
     def second(
         arguments: tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors], wanted: Wanted
@@ -100,13 +128,12 @@ def kernel_products(structure: Structure, names: tuple[str, ...], kind: Kind) ->
         x, dx, y, dy, g, h = arguments
         count = _copies([t for part in arguments for t in part])
         n = len(x)
-        by_x, by_dx = _room(plan, count, wanted[:n]), _room(plan, count, wanted[n:])
+        words = plan.words.copy()
+        by_x, by_dx = _room(plan, count, wanted[:n], words, 2), _room(plan, count, wanted[n:], words, 3)
         slots = _slots(plan, x, y) | {"cotangent": h[0]}
         tangents = (dy[0], dy[0]) if kind == "explicit" else (dy[0],)  # else the pass finds that of a
         moves = _slots(plan, dx, tangents) | {"cotangent": g[0]}
-        first, last = _chosen(plan, by_x, wanted[:n]), _chosen(plan, by_dx, wanted[n:])
-        covered = _run(plan, "second", count, slots, moves, first, last)
-        return (*by_x, *by_dx), covered
+        return (*by_x, *by_dx), _run(plan, "second", count, words, slots, moves)
 
     return KernelProducts(push, pull, second)
 
@@ -123,11 +150,12 @@ def kernel_cotangents(structure: Structure, names: tuple[str, ...], kind: Kind) 
 
     def pull(x: Tensors, y: Tensors, g: Tensor, wanted: Wanted) -> tuple[Tensors, Tensor]:
         count, many = _copies((*x, *y, g)), g.shape[1]
-        wide = replace(plan, words=plan.words.copy(), shapes=tuple((many * math.prod(shape),) for shape in plan.shapes))
-        wide.words[_COTANGENTS] = many
-        grads = _room(wide, count, wanted)
+        wide = replace(plan, shapes=tuple((many * math.prod(shape),) for shape in plan.shapes))
+        words = plan.words.copy()
+        words[_COTANGENTS] = many
+        grads = _room(wide, count, wanted, words, 2)
         slots = _slots(plan, x, y) | {"cotangent": g.flatten(1)}
-        covered = _run(wide, "pull", count, slots, {}, _chosen(plan, grads, wanted), {})
+        covered = _run(plan, "pull", count, words, slots, {})
         lengths = [math.prod(shape) for shape, want in zip(plan.shapes, wanted, strict=True) if want]
         return tuple(g.unflatten(1, (many, length)) for g, length in zip(grads, lengths, strict=True)), covered
 
@@ -163,6 +191,7 @@ def _plan(structure: Structure, names: tuple[str, ...], kind: Kind) -> _Plan:
         words=np.concatenate([words, np.array(static, np.int64), numbers]),
         shapes=tuple(shapes),
         scratch=scratch_numbers(sizes),
+        seats={"push": [], "pull": [], "second": []},
     )
 
 
@@ -171,25 +200,38 @@ def _slots(plan: _Plan, x: Sequence[Tensor], y: Sequence[Tensor]) -> dict[str, T
     return dict(zip((*SLOTS[:6], *plan.names), x, strict=True)) | dict(zip(SLOTS[6:8], y, strict=False))
 
 
-def _chosen(plan: _Plan, grads: Tensors, wanted: Wanted) -> dict[str, Tensor]:
-    """Where gradients are written, by slot; the base has none."""
-    names = [name for name, want in zip((*SLOTS[:6], *plan.names), wanted, strict=True) if want]
-    return {name: grad for name, grad in zip(names, grads, strict=True) if name != "base"}
+def _room(plan: _Plan, count: int, wanted: Wanted, words: NDArray[np.int64], part: int) -> Tensors:
+    """New gradients of the wanted inputs `[C, *shape]`, environments side by side, written into the words.
 
-
-def _room(plan: _Plan, count: int, wanted: Wanted) -> Tensors:
-    """New gradients of the wanted inputs `[C, *shape]`, environments side by side; that by the base is zero."""
-    shapes = [shape for shape, want in zip(plan.shapes, wanted, strict=True) if want]
-    width = _width(count)
-    rows = torch.empty(sum(map(math.prod, shapes)) * width, dtype=torch.float64)
-    found, offset = [], 0
-    for shape in shapes:
-        steps = [width * math.prod(shape[k + 1 :]) for k in range(len(shape))]
-        found.append(rows.as_strided((count, *shape), (1, *steps), offset))
-        offset += width * math.prod(shape)
+    That by the base is zero.
+    """
+    layout = _layout(plan.names, plan.shapes, wanted, count)
+    rows = torch.empty(layout.numbers, dtype=torch.float64)
+    places = layout.places + 3 * part
+    words[places] = layout.offsets
+    words[places[layout.starts]] += rows.data_ptr()
+    found = tuple(rows.as_strided(*view) for view in layout.views)
     if wanted[0]:
         found[0].zero_()
-    return tuple(found)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _layout(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], wanted: Wanted, count: int) -> _Layout:
+    """The layout of gradients of `shapes` by the wanted of the program's inputs."""
+    width, at, views = _width(count), 0, []
+    rows: list[tuple[int, int]] = []
+    for name, shape, want in zip((*SLOTS[:6], *names), shapes, wanted, strict=True):
+        if not want:
+            continue
+        inner = [width * math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        views.append(((count, *shape), (1, *inner), at))
+        if name != "base" and 0 not in shape:
+            first = WORDS * _INDEX[name]
+            rows += [(first, _BYTES * at), (first + 1, _BYTES), (first + 2, _BYTES * width)]
+        at += width * math.prod(shape)
+    places = np.array(rows, np.int64).reshape(-1, 2)
+    return _Layout(at, tuple(views), places[:, 0].copy(), places[:, 1].copy(), np.arange(0, len(rows), 3))
 
 
 def _width(count: int) -> int:
@@ -208,41 +250,52 @@ def _run(
     plan: _Plan,
     which: Pass,
     count: int,
+    words: NDArray[np.int64],
     slots: dict[str, Tensor],
     moves: dict[str, Tensor],
-    out: dict[str, Tensor],
-    second_out: dict[str, Tensor],
 ) -> Tensor:
-    """Launch a pass over all environments, in slices for torch's threads; the mask of those covered."""
+    """Launch a pass over all environments, in slices for torch's threads; the mask of those covered.
+
+    `words` have its outputs; inputs and their tangents are written here.
+    """
     covered = torch.zeros(count, dtype=torch.bool)
     if count == 0:
         return covered
-    words = plan.words.copy()
-    parts = ((k, *part) for k, given in enumerate((slots, moves, out, second_out)) for part in given.items())
-    kept = [_describe(words, k, name, tensor, count) for k, name, tensor in parts]
+    kept = [_describe(words, k, *item, count) for k, part in enumerate((slots, moves)) for item in part.items()]
     words[_COVERED] = covered.data_ptr()
-    array = wp.from_torch(torch.from_numpy(words), return_ctype=True)
-    chosen = kernel(plan.variant[which])
-    width = plan.scratch * _LANES * (1 if which == "pull" else 2)
 
     def run(first: int, last: int) -> None:
-        scratch = torch.empty(width, dtype=torch.float64)
-        ends = first * _LANES, min(count, last * _LANES)
-        wp.launch(chosen, dim=1, inputs=[*ends, scratch.data_ptr(), array], device="cpu")
+        seat = _seat(plan, which)
+        seat.words[:] = words
+        seat.launch.set_param_at_index_from_ctype(0, first * _LANES)
+        seat.launch.set_param_at_index_from_ctype(1, min(count, last * _LANES))
+        seat.launch.launch()
+        plan.seats[which].append(seat)
 
     threads = max(1, min(torch.get_num_threads(), count // THREADED))
-    in_slices(chosen, run, -(-count // _LANES), threads)
+    in_slices(kernel(plan.variant[which]), run, -(-count // _LANES), threads)
     del kept  # what is described lives until here
     return covered
+
+
+def _seat(plan: _Plan, which: Pass) -> _Seat:
+    """A seat that no other thread has."""
+    try:
+        return plan.seats[which].pop()
+    except IndexError:
+        words = torch.from_numpy(plan.words.copy())
+        scratch = torch.empty(plan.scratch * _LANES * (1 if which == "pull" else 2), dtype=torch.float64)
+        inputs = [0, 0, scratch.data_ptr(), wp.from_torch(words, return_ctype=True)]
+        launch = wp.launch(kernel(plan.variant[which]), dim=1, inputs=inputs, device="cpu", record_cmd=True)
+        return _Seat(launch, words.numpy(), scratch)
 
 
 def _describe(words: NDArray[np.int64], part: int, name: str, tensor: Tensor, count: int) -> Tensor:
     """Write address and strides, in bytes, of a tensor `[C or 1, ...]` as rows of components; the tensor described."""
     rows = tensor if tensor.dim() == 2 else tensor.flatten(1) if tensor.dim() > 2 else tensor[:, None]  # views if dense
-    if rows.numel():
+    copies, length = rows.shape
+    if copies and length:
         at = WORDS * _INDEX[name] + 3 * part
         step, across = rows.stride()
-        words[at] = rows.data_ptr()
-        words[at + 1] = 0 if rows.shape[0] == 1 < count else step * _BYTES
-        words[at + 2] = across * _BYTES
+        words[at : at + 3] = rows.data_ptr(), 0 if copies == 1 < count else step * _BYTES, across * _BYTES
     return rows

@@ -23,21 +23,23 @@ auto inertial = [&](int b, const S6& X, const S6& Y, S6& by_x, S6& by_y) APART {
     by_y = momentum(b, X);
     by_turn[b] = by_turn[b] - X.wrench(by_x) - Y.wrench(by_y);
     const V3 p = point_rate(X, centre[b]), q = point_rate(Y, centre[b]);
-    if (wanted[BODY_MASS]) gain(BODY_MASS, b, p.dot(q));
+    if (wanted[BODY_MASS]) gains[slot_first[BODY_MASS] + b] += p.dot(q);
     if (wanted[BODY_IPOS]) {
-        const V3 c = pose[b].back(q.cross(X.w) + p.cross(Y.w));
-        gain(BODY_IPOS, 3 * b, c.x * mass[b]);
-        gain(BODY_IPOS, 3 * b + 1, c.y * mass[b]);
-        gain(BODY_IPOS, 3 * b + 2, c.z * mass[b]);
+        const V3 c = pose[b].back(q.cross(X.w) + p.cross(Y.w)) * mass[b];
+        N* by = gains + slot_first[BODY_IPOS] + 3 * b;
+        by[0] += c.x;
+        by[1] += c.y;
+        by[2] += c.z;
     }
     if (wanted[BODY_INERTIA]) {
         const V3 x = pose[b].back(X.w), y = pose[b].back(Y.w);
-        gain(BODY_INERTIA, 6 * b, x.x * y.x);
-        gain(BODY_INERTIA, 6 * b + 1, x.y * y.y);
-        gain(BODY_INERTIA, 6 * b + 2, x.z * y.z);
-        gain(BODY_INERTIA, 6 * b + 3, x.x * y.y + x.y * y.x);
-        gain(BODY_INERTIA, 6 * b + 4, x.x * y.z + x.z * y.x);
-        gain(BODY_INERTIA, 6 * b + 5, x.y * y.z + x.z * y.y);
+        N* by = gains + slot_first[BODY_INERTIA] + 6 * b;
+        by[0] += x.x * y.x;
+        by[1] += x.y * y.y;
+        by[2] += x.z * y.z;
+        by[3] += x.x * y.y + x.y * y.x;
+        by[4] += x.x * y.z + x.z * y.x;
+        by[5] += x.y * y.z + x.z * y.y;
     }
 };
 auto body_gradients = [&]() APART {

@@ -173,6 +173,7 @@ struct Contact {{ V3 n, t, s, x; N distance; }};
 struct Cores {{ V3 p, a, q, b; N s, t; B free_s, free_t; }};  // of capsules: p + s a and q + t b
 enum {{ {slots} }};
 constexpr bool SOFT = {soft};
+constexpr int NUMBER = sizeof(N) / sizeof(T);
 constexpr int WORDS = {words}, COUNT = {count};
 const long long* slot = (const long long*)pointers.data;
 const long long* word = slot + WORDS * {count};
@@ -207,6 +208,18 @@ auto keep = [&](long long base, long long step, V x) APART {{
     *(V*)lane = x;
     if (step == sizeof(T) && n == W) __builtin_memcpy(at, lane, sizeof(V));
     else for (int j = 0; j < n; ++j) *(T*)(at + j * step) = lane[j];
+}};
+auto keep_all = [&](const long long* out, int from, int count, const N* x, int part) APART {{
+    if (out[0] == 0) return;  // part: 0 for values, W for tangents
+    const T* lane = (const T*)x + part;
+    const long long at = out[0] + from * out[2];
+    const bool whole = out[1] == sizeof(T) && n == W && (at + i * (long long)sizeof(T)) % sizeof(V) == 0;
+    for (int c = 0; c < count; ++c) {{
+        const V y = *(const V*)(lane + c * NUMBER);
+        if (whole)  // past the cache, which the next tiles need
+            __builtin_nontemporal_store(y, (V*)(at + c * out[2] + i * (long long)sizeof(T)));
+        else keep(at + c * out[2], out[1], y);
+    }}
 }};
 auto given = [&](int s, int c) -> V {{
     const long long* x = slot + WORDS * s;
@@ -373,13 +386,8 @@ for (; i < end; i += W) {
         law_gradients();
         for (int s = 0; s < COUNT; ++s) {
             const long long* out = slot + WORDS * s;
-            if (!out[6] && !out[9]) continue;
-            for (int c = 0; c < slot_length[s]; ++c) {
-                const N x = gains[slot_first[s] + c];
-                const int at = column * slot_length[s] + c;
-                if (out[6]) keep(out[6] + at * out[8], out[7], tangent_of(x));
-                if (out[9]) keep(out[9] + at * out[11], out[10], value_of(x));
-            }
+            keep_all(out + 6, column * slot_length[s], slot_length[s], gains + slot_first[s], DUAL ? W : 0);
+            keep_all(out + 9, column * slot_length[s], slot_length[s], gains + slot_first[s], 0);
         }
     }
 }

@@ -112,20 +112,39 @@ def test_model_without_derivative_is_refused(name):
     assert refuses(refused()[name])
 
 
+def study_rows(**seconds: tuple[float | None, ...]) -> str:
+    """Rows of a study that was capped at 400 s, as its file holds them."""
+    rows = [
+        {"method": m, "seed": k, "wall": 400.0, "cpu": 400.0}
+        | {f"{clock}_to_{goal}": s for clock in ("wall", "cpu") for goal in (1000, 2000)}
+        for m, mine in seconds.items()
+        for k, s in enumerate(mine)
+    ]
+    return json.dumps(rows)
+
+
 def test_study_reports_ratios_of_the_stored_rows(tmp_path):
     pytest.importorskip("gymnasium")
-    from benchmarks.study_mujoco import report, stored
+    from benchmarks.study_mujoco import report
 
-    seconds = {"gradients": (100.0, 200.0), "ppo": (300.0, None)}
-    rows = [
-        {"method": m, "seed": k} | {f"{c}_to_{goal}": s for c in ("wall", "cpu") for goal in (1000, 2000)}
-        for m, pair in seconds.items()
-        for k, s in enumerate(pair)
-    ]
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps(rows))
+    file.write_text(study_rows(gradients=(100.0, 200.0), ppo=(300.0, 200.0)))
     found = {figure.metric: figure for figure in report(file)}
-    assert found["ratio-1000"].value == pytest.approx(0.5)
-    assert found["ratio-1000"].n == 1
+    assert found["ratio-1000"].value == pytest.approx(0.6)
+    assert found["ratio-2000-cpu"].n == 2
+    assert (found["ppo-2000-wall-least"].value, found["ppo-2000-wall-largest"].value) == (200.0, 300.0)
+    assert list(report(tmp_path / "none.json")) == []
+
+
+def test_study_counts_a_capped_run_with_its_cap_and_says_so(tmp_path):
+    pytest.importorskip("gymnasium")
+    from benchmarks.study_mujoco import report
+
+    file = tmp_path / "rows.json"
+    file.write_text(study_rows(gradients=(100.0, 200.0), ppo=(200.0, None)))
+    found = {figure.metric: figure for figure in report(file)}
+    assert found["ratio-1000-at-most"].value == pytest.approx(0.5)
+    assert "ratio-1000" not in found
     assert found["ppo-2000-reached"].value == 0.5
-    assert stored(tmp_path / "none.json") == []
+    file.write_text(study_rows(gradients=(100.0, None), ppo=(200.0, 300.0)))
+    assert not [figure for figure in report(file) if figure.metric.startswith("ratio")]

@@ -87,7 +87,9 @@ def m_jrp(quick: bool) -> Iterator[Figure]:
     """Quick: one item, 10 epochs of 40 periods."""
     if quick:
         recipe = replace(HPO, **FEW | {"epochs": 10, "buffer": 8})
-        small = Instance("jrp/1/branches", lambda: replenishment_task(1, periods=40, paths=512), recipe)
+        small = Instance(
+            "jrp/1/branches", lambda: replenishment_task(1, periods=40, paths=512, rule=(1.1, 6.0)), recipe
+        )
         yield Figure("1-quick", measured(small, 0)["gap"], "1", 1)
         return
     for name, each in rows_of("jrp/").items():

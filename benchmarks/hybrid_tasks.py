@@ -2,8 +2,9 @@
 
 One network shape for both: two trunks of two tanh layers, one for the choice and one for all branches, each with a
 direct linear path (optimal feedback is piecewise linear, order-up-to rules are linear where they order).
-Quantities of joint replenishment are `mean softplus(z + 1)` of the continuous part z, squashed in front of the model,
-so that PPO's Gaussian z and HPO's deterministic z are the same kind of action.
+Quantities of joint replenishment are `unit softplus(z + 1)` of the continuous part z, squashed in front of the model,
+so that PPO's Gaussian z and HPO's deterministic z are the same kind of action. The unit of each item, also that of its
+stock in the observation, is its mean demand, or ten times that where orders lie tens of periods apart.
 """
 
 from __future__ import annotations
@@ -143,8 +144,18 @@ def lqr_task(states: int, modes: int = 2, paths: int = 1024) -> HybridTask:
     )
 
 
-def replenishment_task(items: int, fixed: float = 64.0, periods: int = 100, paths: int = 1024) -> HybridTask:
-    """Poisson demand, lead time 2; metric: cost per item and period after the first 16 of 100."""
+def replenishment_task(
+    items: int,
+    fixed: float = 64.0,
+    periods: int = 100,
+    paths: int = 1024,
+    *,
+    rule: tuple[float, float] | None = None,
+) -> HybridTask:
+    """Poisson demand, lead time 2; metric: cost per item and period after the first 16 of 100.
+
+    `rule`: training starts from orders up to so many mean demands, placed by chance with this logit against them.
+    """
     task = joint_replenishment_task(items, fixed)
     pmfs = [poisson_pmf(mean) for mean in task.mean.tolist()]
     both = task_noise(task, 2 * paths, 100, seed=task.train_seed, dtype=torch.float32)
@@ -153,7 +164,8 @@ def replenishment_task(items: int, fixed: float = 64.0, periods: int = 100, path
     train = replace(train, process=train.process[:, :periods], policy=train.policy[:, :periods])
     splits = (train, cut(slice(paths, None)), test)
     optimum = (lambda: joint_replenishment_optimum(pmfs, **_costs(task), tol=2e-4)) if items <= 3 else None
-    return _squashed(task, splits, 16, optimum, rare=items <= 3)
+    first = {} if rule is None else _order_up_to(items, 2, *rule)
+    return _squashed(task, splits, 16, optimum, first=first)
 
 
 def heavy_tail_task(periods: int = 100, paths: int = 1024) -> HybridTask:
@@ -161,10 +173,11 @@ def heavy_tail_task(periods: int = 100, paths: int = 1024) -> HybridTask:
     task = negative_binomial_task()
     pmfs = [negative_binomial_pmf(mean, math.sqrt(52) * 0.5) for mean in task.mean.tolist()]
     train = task_noise(task, paths, periods, seed=task.train_seed, dtype=torch.float32)
-    dev = task_noise(task, paths // 4, 400, seed=task.train_seed + 1, dtype=torch.float32)
+    dev = task_noise(task, paths, 400, seed=task.train_seed + 1, dtype=torch.float32)
     test = task_noise(task, paths, 1000, seed=task.test_seed, dtype=torch.float32)
     exact = lambda: joint_replenishment_optimum(pmfs, **_costs(task), lead_time=0, lowest=-60, highest=150)
-    return _squashed(task, (train, dev, test), 200, exact)
+    first = _order_up_to(2, 1, math.log(46.0), 5.0)  # the economic order quantity lasts 47 periods
+    return _squashed(task, (train, dev, test), 200, exact, unit=10.0, first=first)
 
 
 def _costs(task: InventoryTask) -> dict[str, object]:
@@ -177,10 +190,11 @@ def _squashed(
     ignore: int,
     exact: Callable[[], Replenishment] | None,
     *,
-    rare: bool = False,
+    unit: float = 1.0,
+    first: Params,
 ) -> HybridTask:
-    """The task with actions `(d, z)`, quantities `mean softplus(z + 1)`."""
-    plain, mean = task.mdp, task.mean.float()
+    """The task with actions `(d, z)`, quantities `unit mean softplus(z + 1)`, stocks in the same unit."""
+    plain, mean = task.mdp, unit * task.mean.float()
     theta = {key: value.float() for key, value in task.theta.items()}
 
     def ordered(action: Tensor) -> Tensor:
@@ -202,7 +216,7 @@ def _squashed(
         scale=mean.repeat(width),
         ignore=ignore,
         divisor=len(mean),
-        first=_rare_orders(len(mean), width) if rare else {},
+        first=first,
     )
     if exact is None:
         return found
@@ -215,18 +229,19 @@ def _squashed(
     return replace(found, optimum=optimum)
 
 
-def _rare_orders(items: int, width: int) -> Params:
-    """Order up to six mean demands every fourth period or so: from frequent orders training hardly finds to rarer ones.
+def _order_up_to(items: int, width: int, against: float, level: float) -> Params:
+    """Order up to `level` units at random, `against` the logit of not ordering.
 
-    A stock that is ordered often is ordered low, and then it would be wrong to skip an order.
+    From frequent orders training hardly finds to rarer ones: a stock that is ordered often is ordered low, and then it
+    would be wrong to skip an order.
     """
-    level = torch.zeros(2 * items, width * items)
+    feedback = torch.zeros(2 * items, width * items)
     for item in range(items):
-        level[items + item, item::items] = -1.0
+        feedback[items + item, item::items] = -1.0
     return {
-        "discrete.2.bias": torch.tensor([1.1, 0.0]),
-        "continuous.direct": level,
-        "continuous.2.bias": torch.tensor([0.0] * items + [5.0] * items),
+        "discrete.2.bias": torch.tensor([against, 0.0]),
+        "continuous.direct": feedback,
+        "continuous.2.bias": torch.tensor([0.0] * items + [level - 1.0] * items),
     }
 
 

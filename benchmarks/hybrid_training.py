@@ -57,10 +57,16 @@ class Recipe:
     target_kl: float = 0.015
     buffer: int = 0
     """steps: choices and actions of the last, and all that happens in the first, teach nothing"""
+    cut: int = 0
+    """steps: a batch ends up to so many earlier, by chance; where orders lie far apart, one end would time them all"""
     cross_term: bool = True
     """False: the choice is scored at detached states, exact where it is the best response and free of its noise"""
     branch_times: int = 20
     """steps of each batch at which branches start ("branches")"""
+    branch_before: int | None = None
+    """branches start only in so many first steps; later choices get no credit. None: anywhere"""
+    branch_steps: int | None = None
+    """for how long each is followed; what comes later counts as equal. None: to the end"""
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,10 @@ def new_learner(task: HybridTask, recipe: Recipe, seed: int) -> Learner:
 def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progress]:
     """One `Progress` per epoch over the fixed training paths; nu is that of the learner, not a copy."""
     learner, paths = new_learner(task, recipe, seed), len(task.train.initial)
+    rng = learner.generator
     total, updates, periods, start = recipe.epochs * (paths // recipe.batch), 0, 0, time.process_time()
     for _ in range(recipe.epochs):
-        order = torch.randperm(paths, generator=learner.generator)
+        order = torch.randperm(paths, generator=rng)
         for chosen in order.split(recipe.batch)[: paths // recipe.batch]:
             share = updates / total
             for group in learner.optimizer.param_groups:
@@ -128,8 +135,10 @@ def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progre
             last = recipe.discount if recipe.last_discount is None else recipe.last_discount
             now = replace(recipe, discount=recipe.discount + (last - recipe.discount) * ramp)
             process = task.train.process[chosen]
+            if recipe.cut:
+                process = process[:, : process.shape[1] - int(torch.randint(recipe.cut + 1, (), generator=rng))]
             drawn = (*process.shape[:2], learner.policy.noise_dim)
-            noise = Noise(task.train.initial[chosen], process, torch.randn(drawn, generator=learner.generator))
+            noise = Noise(task.train.initial[chosen], process, torch.randn(drawn, generator=rng))
             step = ppo_update if recipe.method == "ppo" else hpo_update
             periods += step(task, now, learner, noise, entropy)
             updates += 1
@@ -173,9 +182,10 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
     kept = slice(recipe.buffer, horizon - recipe.buffer)
     rows, share, bonus = torch.arange(horizon)[kept], 1.0, entropy
     if recipe.method == "branches":
-        all_rows, picked = rows, torch.randperm(len(rows), generator=learner.generator)[: recipe.branch_times]
-        rows, share = all_rows[picked.sort().values], len(picked) / len(all_rows)
-        to_go, extra = branch_returns(task, learner, noise, detached, rows)
+        early = rows[: recipe.branch_before]
+        picked = torch.randperm(len(early), generator=learner.generator)[: recipe.branch_times]
+        kept, rows, share = early, early[picked.sort().values], len(picked) / len(early)
+        to_go, extra = branch_returns(task, learner, noise, detached, rows, steps=recipe.branch_steps)
         pi = old[:, rows].exp()
         advantage = to_go - (pi * to_go).sum(-1, keepdim=True)
         # advantages vanish as the choice gets right: a scale by their spread would blow up the pathwise part
@@ -183,7 +193,8 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         spread = (pi * advantage.square()).sum(-1).mean().sqrt().clamp_min(1e-10)
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
         weights[:, rows] = pi * advantage / spread
-        share, bonus = share / float(scale * spread), entropy * float(scale * spread)
+        bonus = entropy * float(scale * spread) * len(early) / (horizon - 2 * recipe.buffer)
+        share = share / float(scale * spread)
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
         spread, extra = advantage[:, kept].std(), 0
@@ -273,16 +284,21 @@ def generalised_advantage(
 
 @torch.no_grad()
 def branch_returns(
-    task: HybridTask, learner: Learner, noise: Noise, path: Rollout, times: Tensor
+    task: HybridTask, learner: Learner, noise: Noise, path: Rollout, times: Tensor, *, steps: int | None = None
 ) -> tuple[Tensor, int]:
-    """Rewards to come `[B, M, K]` after each choice at the M `times`, and the periods simulated for it."""
+    """Rewards of the next `steps` `[B, M, K]` after each choice at the M `times`, and the periods simulated for it."""
     policy, nu, theta, choices = learner.policy, learner.nu, task.theta, task.choices
-    own = path.rewards.flip(1).cumsum(1).flip(1)
-    (batch, horizon), index = own.shape, path.actions[..., 0].long()
+    (batch, horizon), index = path.rewards.shape, path.actions[..., 0].long()
+    steps, block = steps or horizon, batch * (choices - 1)
+    own = torch.stack([path.rewards[:, t : t + steps].sum(1) for t in times.tolist()], 1)
     shift = torch.arange(1, choices).reshape(-1, 1)
-    start = set(times.tolist())
+    start = times.tolist()
     state, gained, simulated = path.states[:0, 0], own[:0, 0], 0
+    ended: list[Tensor] = []
     for t in range(horizon):
+        if t - steps in start:
+            ended.append(gained[:block])
+            state, gained = state[block:], gained[block:]
         acting, e = noise.policy[:, t], noise.process[:, t]
         copies = len(state) // batch
         action = policy.act(nu, state, acting.repeat(copies, 1)) if copies else path.actions[:0, 0]
@@ -297,8 +313,8 @@ def branch_returns(
             following = task.mdp.step(theta, state, action, inputs)
             gained = gained + task.mdp.reward(theta, state, action, inputs, following)
             state, simulated = following, simulated + len(state)
-    others = gained.reshape(len(times), choices - 1, batch).permute(2, 0, 1)
+    others = torch.cat([*ended, gained]).reshape(len(times), choices - 1, batch).permute(2, 0, 1)
     taken = index[:, times].unsqueeze(-1)
     place = torch.cat([taken, (taken + shift.reshape(-1)) % choices], -1)
-    values = torch.cat([own[:, times].unsqueeze(-1), others], -1)
+    values = torch.cat([own.unsqueeze(-1), others], -1)
     return torch.empty_like(values).scatter(-1, place, values), simulated

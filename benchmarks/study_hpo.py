@@ -59,7 +59,7 @@ def instances() -> Iterator[Instance]:
     yield Instance("lqr/16-2/hpo", partial(lqr_task, 16), HPO)
     yield Instance("lqr/48-2/hpo", partial(lqr_task, 48), HPO)
     for items in (1, 2, 3):
-        few = partial(replenishment_task, items, periods=60)
+        few = partial(replenishment_task, items, periods=60, rule=(1.1, 6.0))
         yield Instance(f"jrp/{items}/branches", few, replace(HPO, **FEW), seeds=1)
         yield Instance(f"jrp/{items}/hpo", few, replace(HPO, **LONG), seeds=1)
     heavy = FEW | {"epochs": 40, "batch": 64, "buffer": 30}  # orders lie some 40 periods apart
@@ -70,8 +70,10 @@ def instances() -> Iterator[Instance]:
     yield Instance("lqr/48-2/ppo", partial(lqr_task, 48), PPO)
     many = LONG | {"width": 128, "epochs": 24, "discount": 0.93}
     yield Instance("jrp/50/hpo", partial(replenishment_task, 50, periods=60), replace(HPO, **many), seeds=1)
-    slow = many | {"epochs": 200, "rate": 1e-4, "minibatches": 4}
-    yield Instance("jrp/50/ppo", partial(replenishment_task, 50, periods=60), replace(PPO, **slow), seeds=1)
+    ruled = partial(replenishment_task, 50, periods=60, rule=(-2.0, 4.0))
+    yield Instance("jrp/50/rule", ruled, replace(HPO, **many), seeds=1)
+    slow = many | {"epochs": 64, "rate": 1e-3, "minibatches": 4}
+    yield Instance("jrp/50/ppo", partial(replenishment_task, 50, periods=60), replace(PPO, **slow), seeds=1, every=2)
 
 
 def measured(instance: Instance, seed: int) -> Row:

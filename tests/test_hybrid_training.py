@@ -70,6 +70,28 @@ def test_branches_are_rollouts_with_one_choice_forced(task: HybridTask) -> None:
     assert simulated == 16 * (17 + 3)
 
 
+def test_short_branches_compare_the_same_steps(task: HybridTask) -> None:
+    learner = new_learner(task, TINY, 0)
+    noise, path = drawn(task, learner)
+    times = torch.tensor([0, 1, 18])
+    found, simulated = branch_returns(task, learner, noise, path, times, steps=3)
+    assert simulated == 16 * (3 + 3 + 2)  # two steps are left from the last one
+    own = torch.stack([path.rewards[:, t : t + 3].sum(1) for t in (0, 1, 18)], 1)
+    taken = path.actions[..., 0].long()[:, times].unsqueeze(-1)
+    torch.testing.assert_close(found.gather(-1, taken).squeeze(-1), own)
+    for column, start in enumerate(times.tolist()):  # the same rollout, ended after three steps
+        end = start + 3
+        short = Noise(noise.initial, noise.process[:, :end], noise.policy[:, :end])
+        part = Rollout(path.states, path.actions[:, :end], path.rewards[:, :end])
+        wanted, _ = branch_returns(task, learner, short, part, times[column : column + 1])
+        torch.testing.assert_close(found[:, column], wanted[:, 0])
+
+
+def test_a_batch_that_is_cut_ends_earlier(task: HybridTask) -> None:
+    *_, last = train(task, replace(TINY, cut=19))
+    assert 6 * 32 < last.periods < 6 * 32 * 20
+
+
 def test_generalised_advantages_are_the_sum_of_deltas(task: HybridTask) -> None:
     learner = new_learner(task, TINY, 0)
     _, path = drawn(task, learner)

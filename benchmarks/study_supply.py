@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,8 +57,8 @@ from sim2real.simulators.supply_chain import (
     STEPS,
     SupplyTask,
     message_edges,
-    node_features,
     supply_chain,
+    supply_features,
     ten_stores,
     three_stores,
 )
@@ -158,6 +159,13 @@ class Log:
     reward: Tensor
 
 
+@cache
+def logged(task: SupplyTask, data: str, episodes: int, seed: int) -> Log:
+    """Episodes of a behaviour policy; the methods of a study share them."""
+    theta = default_params(supply_chain(task).box)
+    return flat(run(task, theta, behaviours(task, theta)[data], episodes, seed))
+
+
 def flat(episodes: Episodes) -> Log:
     """States before and after each step; actions are forgotten."""
     before, after = episodes.states[:, :-1].flatten(0, 1), episodes.states[:, 1:].flatten(0, 1)
@@ -172,9 +180,9 @@ def recovered(task: SupplyTask, theta: Params, log: Log) -> ShippingGoals:
 def transitions(task: SupplyTask, theta: Params, log: Log, inputs: Tensor) -> Transitions:
     """In the form of the learner; the last step of an episode is terminal, as in the published implementation."""
     terminal = log.following[:, 0] > STEPS
-    parts = node_features(task, theta, log.states), inputs, log.reward * REWARD_SCALE
+    parts = supply_features(task, theta, log.states), inputs, log.reward * REWARD_SCALE
     features, inputs, reward = (part.float() for part in parts)
-    return Transitions(features, inputs, reward, node_features(task, theta, log.following).float(), terminal)
+    return Transitions(features, inputs, reward, supply_features(task, theta, log.following).float(), terminal)
 
 
 def inputs_of(task: SupplyTask, theta: Params, log: Log, end_to_end: bool) -> Tensor:
@@ -246,10 +254,10 @@ def small(theta: Params) -> Params:
 
 
 def recipe_of(method: str, quick: bool) -> Recipe:
-    """The published settings, with fewer updates."""
-    updates = 300 if quick else 20_000
+    """The published discount, expectile and temperature; fewer updates, on larger batches, with falling rates."""
+    updates = 300 if quick else 5_000 if method == "bc" else 10_000
     rates = {"rate": 1e-3 if method == "bc" else 3e-4, "critic_rate": 3e-4}
-    return Recipe(method, updates=updates, batch=100, anneal=True, discount=0.97, every=updates, **rates)  # type: ignore[arg-type]
+    return Recipe(method, updates=updates, batch=256, anneal=True, discount=0.97, every=updates, **rates)  # type: ignore[arg-type]
 
 
 def trained(
@@ -258,15 +266,14 @@ def trained(
     """A learned policy as a function of theta (which it sees through the features), and its last report."""
     torch.manual_seed(seed)
     end_to_end, count = method.startswith("e2e-"), 600 if quick else TRANSITIONS
-    behaviour, episodes = behaviours(task, theta)[data], -(-count // STEPS)
-    log, aside = (flat(run(task, theta, behaviour, size, seed=2 * seed + k)) for k, size in enumerate((episodes, 20)))
+    log, aside = (logged(task, data, -(-size // STEPS), 2 * seed + k) for k, size in enumerate((count, 600)))
     train, held = (transitions(task, theta, each, inputs_of(task, theta, each, end_to_end)) for each in (log, aside))
     nets, family = networks(task, theta, train, 32 if quick else 128, end_to_end)
     *_, last = learn(train, held, nets, family, recipe_of(method.removeprefix("e2e-"), quick), seed=seed)
 
     def policy(theta: Params) -> Callable[[Tensor], Tensor]:
         def said(state: Tensor) -> Tensor:
-            return best(nets.policy, family, last.policy, node_features(task, theta, state).float()).double()
+            return best(nets.policy, family, last.policy, supply_features(task, theta, state).float()).double()
 
         return said
 

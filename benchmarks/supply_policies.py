@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sim2real.params import Params
-from sim2real.simulators.supply_chain import STEPS, SupplyTask, forecast, stocks, store_room, supply_chain
+from sim2real.simulators.supply_chain import STEPS, SupplyTask, demand_forecast, stocks, store_room, supply_chain
 from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, plan_shipments
 from sim2real.solvers.shipping_program import ShippingLimits, ship, shipping_goals
 
@@ -96,7 +96,7 @@ def predictive(task: SupplyTask, theta: Params, horizon: int = HORIZON) -> Decid
     def decide(state: Tensor) -> Tensor:
         now = stocks(task, state)
         ahead = min(horizon, STEPS + 1 - int(now.period[0]))
-        demand = torch.cat([now.demand.unsqueeze(-1), forecast(task, now.period, ahead - 1)], -1)
+        demand = torch.cat([now.demand.unsqueeze(-1), demand_forecast(task, now.period, ahead - 1)], -1)
         plan = plan_shipments(_costs(theta), _start(task, state), demand)
         return torch.round(torch.cat([plan.shipments[:, 0], plan.production[:, :1]], -1))
 

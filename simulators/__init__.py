@@ -35,6 +35,16 @@ from sim2real.simulators.pendulum import pendulum, pendulum_energy
 from sim2real.simulators.quadrotor import planar_quadrotor, quadrotor, quadrotor_energy
 from sim2real.simulators.reacher import reacher, reacher_step
 from sim2real.simulators.spring_arm import spring_arm, spring_arm_matrices
+from sim2real.simulators.supply_chain import (
+    SupplyTask,
+    demand_forecast,
+    message_edges,
+    store_room,
+    supply_chain,
+    supply_features,
+    ten_stores,
+    three_stores,
+)
 from sim2real.simulators.switched_lqr import (
     switched_initial_noise,
     switched_initial_states,
@@ -51,6 +61,7 @@ __all__ = [
     "OrderTerms",
     "RigTrajectory",
     "Routes",
+    "SupplyTask",
     "ThermalBuilding",
     "base_parameters",
     "battery",
@@ -60,6 +71,7 @@ __all__ = [
     "cartpole",
     "cartpole_energy",
     "cstr",
+    "demand_forecast",
     "discrete_game",
     "discrete_game_tables",
     "double_pendulum",
@@ -85,6 +97,7 @@ __all__ = [
     "lqr_game",
     "lqr_game_data",
     "lqr_game_leader",
+    "message_edges",
     "mixed_load",
     "multiplicative_noise_lqr",
     "one_store",
@@ -100,10 +113,15 @@ __all__ = [
     "serial_line",
     "spring_arm",
     "spring_arm_matrices",
+    "store_room",
+    "supply_chain",
+    "supply_features",
     "switched_initial_noise",
     "switched_initial_states",
     "switched_lqr",
     "switched_matrices",
+    "ten_stores",
     "thermal_matrix",
+    "three_stores",
     "two_state_switched_lqr",
 ]

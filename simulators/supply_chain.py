@@ -171,7 +171,7 @@ def stocks(task: SupplyTask, state: Tensor) -> Stocks:
     return Stocks(period[..., 0], stock, incoming, owed, demand)
 
 
-def forecast(task: SupplyTask, period: Tensor, steps: int) -> Tensor:
+def demand_forecast(task: SupplyTask, period: Tensor, steps: int) -> Tensor:
     """Demand without noise of the `steps` periods after `period [...]`: `[..., n, steps]`, 0 after the episode."""
     later = period.unsqueeze(-1) + torch.arange(1, steps + 1).to(period)
     rate = torch.round(_wave(task, later.unsqueeze(-1))).movedim(-1, -2)
@@ -185,19 +185,19 @@ def store_room(task: SupplyTask, theta: Params, state: Tensor, *, margin: float 
     forecast by at most 2: with `margin=2` no store ever exceeds its capacity.
     """
     n, now = task.stores, stocks(task, state)
-    expected = torch.relu(forecast(task, now.period, 1)[..., 0] - margin)
+    expected = torch.relu(demand_forecast(task, now.period, 1)[..., 0] - margin)
     taken = now.stock[..., :n] + now.incoming[..., :n] - now.demand - now.owed
     return theta["capacity"][..., :n] - taken + expected
 
 
-def node_features(task: SupplyTask, theta: Params, state: Tensor) -> Tensor:
+def supply_features(task: SupplyTask, theta: Params, state: Tensor) -> Tensor:
     """What a policy sees of each node, stores first: `[..., n+1, 18]`.
 
     Demand and backlog, holding cost, production cost, on its way, stock, ten forecasts, price, capacity, production
     cap; 0 where a node has no such thing.
     """
     n, now = task.stores, stocks(task, state)
-    ahead = forecast(task, now.period, FORECASTS)
+    ahead = demand_forecast(task, now.period, FORECASTS)
     store = torch.zeros(n + 1).to(state)
     store[:n] = 1.0
     columns = [

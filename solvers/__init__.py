@@ -1,5 +1,6 @@
 """Solvers: linear systems, implicit derivatives, optima, least squares."""
 
+from sim2real.solvers.apportionment import largest_remainder
 from sim2real.solvers.bellman import (
     BellmanOptimum,
     discounted_visits,
@@ -19,6 +20,15 @@ from sim2real.solvers.convex import (
     derivative_error,
 )
 from sim2real.solvers.finite_horizon import finite_horizon_riccati
+from sim2real.solvers.flow_inverse import (
+    FlowInverse,
+    integer_target,
+    invert_flows,
+    recover_target,
+    recover_target_from_edges,
+    target_shares,
+)
+from sim2real.solvers.flow_program import FlowProgram, Flows, flow_program, rebalance_flows
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.inversion import invert
 from sim2real.solvers.inversion_descent import invert_adam, invert_cem
@@ -37,6 +47,13 @@ from sim2real.solvers.inversion_smoothing import block_tridiagonal_solve, invert
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
+from sim2real.solvers.linear_program import (
+    LinearOptimum,
+    LinearProgram,
+    RightHandSide,
+    invert_right_hand_side,
+    solve_linear_program,
+)
 from sim2real.solvers.mpc import MPCPlan, condensed_mpc, mpc_policy
 from sim2real.solvers.mpc_report import MPCReport, mpc_report
 from sim2real.solvers.neumann import neumann
@@ -45,6 +62,15 @@ from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
+from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, ShippingSchedule, plan_shipments
+from sim2real.solvers.shipping_program import (
+    ShippingGoals,
+    ShippingLimits,
+    ShippingPlan,
+    invert_shipments,
+    ship,
+    shipping_goals,
+)
 from sim2real.solvers.smooth_qp import smooth_qp
 from sim2real.solvers.soft_follower import SoftFollower, soft_q_learning, soft_value_iteration
 from sim2real.solvers.soft_lqr import SoftLQR, linear_noise_policy, soft_lqr
@@ -57,16 +83,28 @@ __all__ = [
     "BoxQPSolution",
     "DerivativeError",
     "DerivativeWarning",
+    "FlowInverse",
+    "FlowProgram",
+    "Flows",
     "InfeasibleError",
     "Inversion",
+    "LinearOptimum",
+    "LinearProgram",
     "MPCPlan",
     "MPCReport",
     "Minimum",
     "NystromSketch",
     "Objective",
     "ObservedSoftLQR",
+    "PlanCosts",
+    "PlanStart",
     "QPSolution",
     "QuadraticModel",
+    "RightHandSide",
+    "ShippingGoals",
+    "ShippingLimits",
+    "ShippingPlan",
+    "ShippingSchedule",
     "SoftFollower",
     "SoftLQR",
     "Spectrum",
@@ -82,20 +120,26 @@ __all__ = [
     "feedback_law",
     "feedback_lower",
     "finite_horizon_riccati",
+    "flow_program",
     "gauss_newton_gap",
     "gmres",
     "goal_tracking_law",
     "implicit_argmax",
     "implicit_fixed_point",
     "implicit_root",
+    "integer_target",
     "invert",
     "invert_adam",
     "invert_cem",
     "invert_feedback",
+    "invert_flows",
     "invert_goal_tracking",
     "invert_jointly",
     "invert_law",
     "invert_linear",
+    "invert_right_hand_side",
+    "invert_shipments",
+    "largest_remainder",
     "least_squares",
     "least_squares_layer",
     "levenberg_marquardt",
@@ -113,21 +157,29 @@ __all__ = [
     "optimal_actions",
     "optimal_values",
     "pid_lower",
+    "plan_shipments",
     "policy_optimum",
     "policy_values",
     "q_values",
     "qp",
+    "rebalance_flows",
+    "recover_target",
+    "recover_target_from_edges",
     "riccati",
     "riccati_residual",
     "root_jvp",
     "root_vjp",
+    "ship",
+    "shipping_goals",
     "smooth_qp",
     "soft_lqr",
     "soft_q_learning",
     "soft_value_iteration",
+    "solve_linear_program",
     "spectrum",
     "state_transition",
     "state_values",
+    "target_shares",
     "theseus_solver",
     "transition_map",
 ]

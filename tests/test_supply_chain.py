@@ -14,12 +14,12 @@ from sim2real.params import Params
 from sim2real.simulators.supply_chain import (
     STEPS,
     SupplyTask,
-    forecast,
+    demand_forecast,
     message_edges,
-    node_features,
     stocks,
     store_room,
     supply_chain,
+    supply_features,
     ten_stores,
     three_stores,
 )
@@ -84,12 +84,12 @@ def test_rewards_equal_a_plain_loop(task: SupplyTask) -> None:
 
 def test_demand_is_the_published_formula_with_a_cycle_of_31() -> None:
     task = three_stores()
-    rate = forecast(task, torch.zeros(1), STEPS)[0]
+    rate = demand_forecast(task, torch.zeros(1), STEPS)[0]
     for j, (peak, frequency, shift) in enumerate(zip((5, 15, 20), (2, 4, 6), (1, 3, 6), strict=True)):
         for t in range(1, STEPS + 1):
             exact = peak / 2 * (1 + math.cos(frequency * math.pi * (2 * shift + t) / 31))
             assert float(rate[j, t - 1]) == np.round(exact)
-    assert not bool(forecast(task, torch.tensor([30.0]), 10).any())
+    assert not bool(demand_forecast(task, torch.tensor([30.0]), 10).any())
 
 
 def test_demand_noise_is_uniform_on_four_whole_numbers() -> None:
@@ -107,13 +107,13 @@ def test_features_name_every_column() -> None:
     theta = theta_of(task) | {"capacity": torch.tensor([10.0, 11.0, 12.0, 50.0], dtype=torch.float64)}
     out = run(task, theta, behaviours(task, theta)["heur"], 2, seed=3)
     state = out.states[:, 7]
-    now, x = stocks(task, state), node_features(task, theta, state)
+    now, x = stocks(task, state), supply_features(task, theta, state)
     assert x.shape == (2, 4, 18)
     assert bool((x[:, :3, 0] == now.demand + now.owed).all())
     assert x[0, :, 1].tolist() == [0.5, 0.5, 0.5, 0.1]
     assert x[0, :, 2].tolist() == [0.0, 0.0, 0.0, 5.0]
     assert bool((x[..., 3] == now.incoming).all() and (x[..., 4] == now.stock).all())
-    assert bool((x[:, :3, 5:15] == forecast(task, now.period, 10)).all())
+    assert bool((x[:, :3, 5:15] == demand_forecast(task, now.period, 10)).all())
     assert x[0, :, 15].tolist() == [15.0, 15.0, 15.0, 0.0]
     assert x[0, :, 16].tolist() == [10.0, 11.0, 12.0, 50.0]
     assert x[0, :, 17].tolist() == [0.0, 0.0, 0.0, 25.0]
@@ -151,7 +151,7 @@ def test_plan_equals_an_integer_program_and_its_own_execution() -> None:
     theta = theta_of(task)
     state = supply_chain(task).initial_state(theta, torch.zeros(1, 3, dtype=torch.float64))
     now = stocks(task, state)
-    demand = torch.cat([now.demand.unsqueeze(-1), forecast(task, now.period, periods - 1)], -1)
+    demand = torch.cat([now.demand.unsqueeze(-1), demand_forecast(task, now.period, periods - 1)], -1)
     costs = PlanCosts(15.0, 5.0, 0.5, 1.5, 22.5, theta["holding"], theta["capacity"], 25.0)
     plan = plan_shipments(costs, PlanStart(now.available, now.stock[:, :3], now.owed), demand)
     torch.testing.assert_close(plan.shipments, plan.shipments.round(), atol=1e-7, rtol=0)
@@ -287,7 +287,7 @@ def test_room_counts_pipeline_backlog_and_forecast() -> None:
     theta = theta_of(task)
     state = supply_chain(task).initial_state(theta, torch.zeros(1, 3, dtype=torch.float64))
     now = stocks(task, state)
-    expected = 15 - 10 + now.demand + forecast(task, now.period, 1)[..., 0]
+    expected = 15 - 10 + now.demand + demand_forecast(task, now.period, 1)[..., 0]
     assert bool((store_room(task, theta, state) == expected).all())
     assert bool((store_room(task, theta, state, margin=2.0) <= expected).all())
 

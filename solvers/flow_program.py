@@ -188,8 +188,8 @@ def _priced_out(
     origin, goal, price = edges
     chosen = np.ones(len(price), dtype=bool) if len(price) <= 2 * BLOCK else _cheapest(edges, price)
     dear = 2 * (price.max(initial=0.0) + 1) * (len(supply) + len(demand)) if slack is None else slack
-    m, flow, missing = len(demand), np.zeros(len(price)), chosen
-    while missing.any():
+    m, flow = len(demand), np.zeros(len(price))
+    while True:
         index = np.flatnonzero(chosen)
         k = len(index)
         found = linprog(
@@ -205,6 +205,8 @@ def _priced_out(
             raise InfeasibleError(f"HiGHS found no flows for rows {names.tolist()}: {found.message}", int(names[0]))
         reduced = price - found.ineqlin.marginals[origin] - found.eqlin.marginals[goal]
         missing = (reduced < -TOLERANCE * price.max(initial=1.0)) & ~chosen
+        if not missing.any():
+            break
         chosen |= _cheapest(edges, np.where(missing, reduced, np.inf)) & missing
     flow[index] = np.rint(found.x[:k])
     if slack is None and np.rint(found.x[k:]).any():

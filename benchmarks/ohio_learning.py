@@ -13,7 +13,7 @@ IQL, per update (Kostrikov et al., 2021, equations 5 to 7), with r summed over t
     V <- argmin E L_2^expectile(Q_target(s, u) - V(s)),    Q <- r + discount V(s'),
     pi <- argmax E min(exp(temperature (Q_target(s, u) - V(s))), 100) log pi(u|s).
 
-The expectile target is Q_target(s, u) at the logged pair. torchrl samples random actions of CQL in [-1, 1]^p, as in a box;
+The expectile target is Q_target(s, u) at the logged pair. torchrl samples random actions of CQL in [-1, 1]^p;
 `Family.project` moves them onto the support before the critic sees them.
 """
 
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -227,7 +228,7 @@ def log_loss(policy: nn.Module, family: Family, data: Transitions) -> float:
 def perceptron(inputs: int, outputs: int, width: int = 256, depth: int = 2) -> nn.Sequential:
     """ReLU layers."""
     sizes, layers = [inputs, *[width] * depth], list[nn.Module]()
-    for now, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for now, after in pairwise(sizes):
         layers += [nn.Linear(now, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 

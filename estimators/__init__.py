@@ -37,6 +37,8 @@ from sim2real.estimators.finite_difference import finite_difference_gradient
 from sim2real.estimators.fitted_follower import fit_linear_follower, fit_soft_value
 from sim2real.estimators.function_space import function_space_sensitivity, pointwise_sensitivity
 from sim2real.estimators.hessian_free import hessian_free_gradient
+from sim2real.estimators.hierarchy import hierarchical_model
+from sim2real.estimators.high_level import HighLevelLog, Segments, high_level_log, high_level_transitions
 from sim2real.estimators.leader_ascent import annealed_temperature, best_of_restarts, natural_softmax_step
 from sim2real.estimators.leader_baselines import hpgd_gradient, naive_leader_gradient, sobirl_gradient
 from sim2real.estimators.leader_critic import inverse_noise_weights
@@ -77,8 +79,10 @@ __all__ = [
     "EquivalenceGap",
     "EstimatorComparison",
     "EstimatorRow",
+    "HighLevelLog",
     "LinearQuadratic",
     "ModelCritic",
+    "Segments",
     "Simulator",
     "TabularMDP",
     "Transitions",
@@ -105,6 +109,9 @@ __all__ = [
     "fit_soft_value",
     "function_space_sensitivity",
     "hessian_free_gradient",
+    "hierarchical_model",
+    "high_level_log",
+    "high_level_transitions",
     "hpgd_gradient",
     "input_baseline",
     "inverse_noise_weights",

@@ -34,6 +34,7 @@ from sim2real.hybrid_policy import (
 from sim2real.identifiability import Identifiability, identifiability
 from sim2real.intervals import Jackknife, Linearization, jackknife
 from sim2real.log import LogError, RolloutLog, concatenate_logs, delayed_actions, load_log, save_log, select_episodes
+from sim2real.log_minari import save_minari
 from sim2real.mdp import ClosedLoop, ForwardSensitivity, ModelMDP, Noise, sample_noise
 from sim2real.null_space import Freedom
 from sim2real.params import Estimate, Params, assign_grads, axpy, copy_into, dot, map_params, ravel, unravel
@@ -166,6 +167,7 @@ __all__ = [
     "safe_step",
     "sample_noise",
     "save_log",
+    "save_minari",
     "select_episodes",
     "standard_draws",
     "to_unbounded",

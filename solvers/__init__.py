@@ -61,6 +61,7 @@ from sim2real.solvers.nls import gauss_newton_gap, least_squares_layer, theseus_
 from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
+from sim2real.solvers.relinearised import relinearised_gains
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, ShippingSchedule, plan_shipments
 from sim2real.solvers.shipping_program import (
@@ -165,6 +166,7 @@ __all__ = [
     "rebalance_flows",
     "recover_target",
     "recover_target_from_edges",
+    "relinearised_gains",
     "riccati",
     "riccati_residual",
     "root_jvp",

@@ -17,6 +17,9 @@ less 1; `transfer` is the largest.
 (`inventory_peer`), each in the number of paths at a time that suits it best; weights of the published sizes (32 wide,
 context 256), same gradient. `ratio` is to the faster of the peer's two forms; `ratio-order-up-to` is that of the
 simulators alone, under a policy that costs next to nothing.
+
+`m-warp`: one warehouse, 3 and 10 stores, 8192 paths, the same policy: CPU seconds of the torch simulator over those of
+its Warp twin (`ratio-N`), one thread, gradient of 8 periods, after both have run once; `difference-N` of the gradients.
 """
 
 from __future__ import annotations
@@ -149,6 +152,28 @@ def m_speed(quick: bool) -> Iterator[Figure]:
         yield Figure(f"ratio{label}", ours / max(rates.values()), "1", rounds)
 
 
+def m_warp(quick: bool) -> Iterator[Figure]:
+    """Quick: 512 paths, 3 stores."""
+    from sim2real.simulators.warp_inventory import warp_inventory_network  # Warp takes seconds to start
+
+    periods, paths, rounds = 8, 512 if quick else 8192, 2
+    for stores in (3,) if quick else (3, 10):
+        task, names = one_warehouse_task(stores), ("holding", "underage", "warehouse_holding", "purchase")
+        if task.routes is None:
+            raise TypeError("a task with warehouses has routes")
+        costs = {key: task.theta[key].tolist() for key in names}
+        twin = replace(task, mdp=warp_inventory_network(task.routes, start=task.mean.tolist(), **costs))
+        mean = task.mean.float()
+        levels = {"level": 4.0 * mean, "top": 8.0 * mean.sum(0, keepdim=True)}
+        noise = task_noise(task, paths, periods, seed=task.train_seed, dtype=torch.float32)
+        torch_form, warp_form = (
+            partial(our_gradient, each, order_up_to_policy(stores), levels, noise) for each in (task, twin)
+        )
+        yield Figure(f"difference-{stores}", _difference(warp_form, torch_form), "1", 1)
+        ratio = _seconds(torch_form, paths, paths, rounds) / _seconds(warp_form, paths, paths, rounds)
+        yield Figure(f"ratio-{stores}", ratio, "1", rounds)
+
+
 def order_up_to_policy(stores: int) -> Policy:
     """The peer's `order_up_to` on the states of the library."""
 
@@ -200,4 +225,4 @@ def _seconds(form: Callable[[slice], Params], paths: int, size: int, rounds: int
 
 
 if __name__ == "__main__":
-    main({"m-hdpo": m_hdpo, "m-symmetry": m_symmetry, "m-speed": m_speed})
+    main({"m-hdpo": m_hdpo, "m-symmetry": m_symmetry, "m-speed": m_speed, "m-warp": m_warp})

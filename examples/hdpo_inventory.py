@@ -7,9 +7,10 @@ Demand is drawn once and held fixed; a network is rolled through a simulator of 
 backward pass gives the exact gradient of the cost of those paths. No critic, no exploration.
 
 First one store with backlogged demand, lead time 4: an order-up-to level (base stock) is optimal, and the network,
-which sees the raw pipeline, finds it (left: its excess cost over the exact optimum; middle: its orders against the
-inventory position). Then one warehouse and ten stores with lost demand and 16 training paths only: a plain network of
-the whole state learns those paths by heart, while one set of weights shared by all stores generalises (right).
+which sees the raw pipeline, finds it (above left: its excess cost over the exact optimum; above right: its orders
+against the inventory position; below left: its orders over stock on hand and on order, where those of the optimum are
+straight lines). Then one warehouse and ten stores with lost demand and 16 training paths only: a plain network of the
+whole state learns those paths by heart, while one set of weights shared by all stores generalises (below right).
 
     python examples/hdpo_inventory.py --plot inventory.png
 """
@@ -103,7 +104,7 @@ def learning_curve(
     return steps, costs, nu
 
 
-def one_store(settings: Settings, seed: int, left: Axes, middle: Axes) -> None:
+def one_store(settings: Settings, seed: int, left: Axes, middle: Axes, below: Axes) -> None:
     task = one_store_task(settings.lead_time, settings.underage)
     policy = plain_order_policy(float(task.mean))
     sizes = {"order": (settings.lead_time, 32, 32, 32, 1), "direct": (settings.lead_time, 1)}
@@ -136,6 +137,22 @@ def one_store(settings: Settings, seed: int, left: Axes, middle: Axes) -> None:
     middle.plot(line, torch.relu(level - line), color="black", label=f"order up to {level:.1f}")
     middle.set(xlabel="inventory position (stock + on order)", ylabel="order", title="What it has learnt")
     middle.legend()
+    order_surface(policy, nu, level, settings.lead_time, below)
+
+
+def order_surface(policy: Policy, nu: Params, level: float, lead_time: int, axes: Axes) -> None:
+    """Learnt orders (colours), optimal ones (lines) over stock on hand and, spread evenly, on order; lead time > 1."""
+    on_hand, on_order = torch.linspace(-5, 20, 60), torch.linspace(0, 30, 60)
+    x, y = torch.meshgrid(on_hand, on_order, indexing="xy")
+    pipelines = [x, *[y / (lead_time - 1)] * (lead_time - 1)]
+    state = torch.stack(pipelines, -1)
+    heights = [0.5, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0]
+    learnt = policy.act(nu, state.flatten(0, 1), state.flatten(0, 1)).reshape(x.shape).detach()
+    filled = axes.contourf(x, y, learnt, levels=[0.0, *heights, 60.0])
+    lines = axes.contour(x, y, torch.relu(level - x - y), levels=heights, colors="white", linewidths=0.8)
+    axes.clabel(lines, fontsize=7)
+    axes.figure.colorbar(filled, ax=axes, label="order of the network")
+    axes.set(xlabel="on hand", ylabel="on order", title="Order surface (lines: optimum)")
 
 
 def one_warehouse(settings: Settings, seed: int, right: Axes) -> None:
@@ -168,8 +185,8 @@ def one_warehouse(settings: Settings, seed: int, right: Axes) -> None:
 
 
 def main(settings: Settings, seed: int) -> Figure:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    one_store(settings, seed, left, middle)
+    figure, ((left, middle), (below, right)) = plt.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
+    one_store(settings, seed, left, middle, below)
     one_warehouse(settings, seed, right)
     return figure
 

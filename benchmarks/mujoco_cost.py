@@ -12,8 +12,11 @@ environment (mass, centre of mass, inertia, armature, damping, stiffness, fricti
                          `-and-vjp` with the gradient, which such a product needs only once for many directions
     j-parameters/ratio   backward by everything over backward by position, velocity and control, on hopper with the same
                          fields given per environment; `ratio-shared` over that where all environments share the model
-    j-scale/flatness     largest deviation of the cost per environment from mid-range, 256 to 8192 environments
+    j-scale/flatness     largest deviation of the time per environment of a step with its gradient (`advance` with its
+                         graph, then the gradient) from mid-range, 256 to 8192 environments
+    j-scale/flatness-backward   the same of the gradient alone
     j-scale/threads      backward of 4096 environments on one thread over that on two
+    j-scale/threads-ceiling     what the machine gives two of these: two processes, each on one thread, over one alone
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -221,14 +226,41 @@ def parameters(quick: bool) -> Iterator[Figure]:
     yield Figure("ratio-shared", everything / shared, "times", ENVIRONMENTS)
 
 
+def step_and_gradient(made: Case) -> Callable[[], object]:
+    """One step of the library with its graph, then its gradient by all leaves."""
+    system, (q, v, ctrl, *fields) = made.system, made.leaves
+    act, force = torch.zeros(len(q), made.model.na, dtype=q.dtype), torch.zeros(len(q), made.model.nv, dtype=q.dtype)
+    given = dict(zip(system.names, fields, strict=True))
+
+    def run() -> object:
+        following = advance(system, given, (q, v, act), ctrl, force)[:2]
+        return torch.autograd.grad(following, made.leaves, made.cotangents, allow_unused=True)
+
+    return run
+
+
+def flatness(times: Sequence[float]) -> float:
+    """Largest deviation from mid-range, relative."""
+    return (max(times) - min(times)) / (max(times) + min(times))
+
+
 def scale(quick: bool) -> Iterator[Figure]:
     """`j-scale`, on hopper."""
     sizes = (256, 1024, 4096, 8192)
-    runs = [backward(case("hopper", count=count)) for count in sizes]
-    times = [t / n for t, n in zip(minima(runs, 15 if quick else 60), sizes, strict=True)]
-    for count, seconds in zip(sizes, times, strict=True):
-        yield Figure(f"backward-{count}", 1e6 * seconds, "us", count)
-    yield Figure("flatness", (max(times) - min(times)) / (max(times) + min(times)), "share", len(sizes), 0.2)
+    cases = [case("hopper", count=count) for count in sizes]
+    for label, run, name in ((step_and_gradient, "step", "flatness"), (backward, "backward", "flatness-backward")):
+        found = minima([label(made) for made in cases], 15 if quick else 60)
+        times = [t / n for t, n in zip(found, sizes, strict=True)]
+        for count, seconds in zip(sizes, times, strict=True):
+            yield Figure(f"{run}-{count}", 1e6 * seconds, "us", count)
+        yield Figure(name, flatness(times), "share", len(sizes), 0.2)
+    yield from two_threads(quick)
+
+
+def two_threads(quick: bool) -> Iterator[Figure]:
+    """`j-scale/threads` and its ceiling; the ceiling is measured before and after, and its larger value told."""
+    seconds = 2.0 if quick else 6.0
+    before = ceiling(seconds)
     made = case("hopper", count=4096)
     run = backward(made)
     threads = torch.get_num_threads()
@@ -240,12 +272,42 @@ def scale(quick: bool) -> Iterator[Figure]:
 
     one, two = minima([run, on_two], 30 if quick else 100)
     yield Figure("threads", one / two, "times", 4096, 1.6)
+    yield Figure("threads-ceiling", max(before, ceiling(seconds)), "times", 4096)
 
 
-def hopper_step_microseconds() -> float:
-    """Time of hopper's step and its gradient by state, control and fields together, per environment, us."""
-    made = case("hopper")
-    return 1e6 * sum(minima([forward(made), backward(made)], 60)) / ENVIRONMENTS
+def ceiling(seconds: float) -> float:
+    """Backwards per second of two processes at once, each on one thread, over those of one alone."""
+    context = get_context("spawn")
+    starts = [context.Barrier(count) for count in (1, 2)]
+    rates = context.Queue()
+    workers = [context.Process(target=_backwards, args=(k, starts, seconds, rates)) for k in (0, 1)]
+    for worker in workers:
+        worker.start()
+    found = [rates.get(timeout=300) for _ in range(3)]
+    for worker in workers:
+        worker.join()
+    return sum(rate for kind, rate in found if kind == 1) / next(rate for kind, rate in found if kind == 0)
+
+
+def _backwards(worker: int, starts: Any, seconds: float, rates: Any) -> None:
+    """The first worker alone, then both: backwards of 4096 environments per second."""
+    torch.set_num_threads(1)
+    run = backward(case("hopper", count=4096))
+    run()
+    for kind, start in enumerate(starts):
+        if kind == 0 and worker:
+            continue
+        start.wait()
+        begin, done = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            run()
+            done += 1
+        rates.put((kind, done / (time.perf_counter() - begin)))
+
+
+def step_microseconds(name: str, count: int) -> float:
+    """Time of a model's step with its gradient by state, control and fields through the library, us/environment."""
+    return 1e6 * minima([step_and_gradient(case(name, count=count))], 60)[0] / count
 
 
 if __name__ == "__main__":

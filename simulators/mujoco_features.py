@@ -51,6 +51,7 @@ class GeomTable:
 
 @lru_cache(maxsize=64)
 def geom_table(model: mujoco.MjModel) -> GeomTable:
+    """The tables of a compiled model, read once."""
     rotation = np.zeros((model.ngeom, 9))
     for matrix, quaternion in zip(rotation, model.geom_quat, strict=True):
         mujoco.mju_quat2Mat(matrix, quaternion)

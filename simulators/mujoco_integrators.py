@@ -26,7 +26,13 @@ import mujoco
 import torch
 from torch import Tensor
 
-from sim2real.simulators.mujoco_quaternions import normalized, quaternion_conjugate, quaternion_product
+from sim2real.simulators.mujoco_quaternions import (
+    normalized,
+    quaternion_conjugate,
+    quaternion_exponential,
+    quaternion_product,
+    rotation_vector_rate,
+)
 
 Scheme = Literal["euler", "rk4"]
 Acceleration = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -115,34 +121,8 @@ def tangent_rate(table: Coordinates, u: Tensor, v: Tensor) -> Tensor:
     """du/dt of q (+) u where the velocity is v: dexp(u)^-1 v on quaternions, v elsewhere."""
     if not len(table.quaternion_q):
         return v
-    x, w = u[..., table.quaternion_v], v[..., table.quaternion_v]
-    square = (x * x).sum(-1, keepdim=True)
-    small = square < 1e-2
-    s = torch.where(small, torch.ones_like(square), square)
-    half = s.sqrt() / 2.0
-    series = _polynomial(square, (1 / 12, 1 / 720, 1 / 30240, 1 / 1209600, 1 / 47900160))
-    c = torch.where(small, series, (1.0 - half / torch.tan(half)) / s)
-    across = torch.linalg.cross(x, w)
-    rate = w + 0.5 * across + c * torch.linalg.cross(x, across)
+    rate = rotation_vector_rate(u[..., table.quaternion_v], v[..., table.quaternion_v])
     return torch.cat([v[..., table.linear_v], rate.flatten(-2)], -1)[..., table.order_v]
-
-
-def quaternion_exponential(x: Tensor) -> Tensor:
-    """Unit quaternion of the rotation vector x `[..., 3]`: (cos |x|/2, sin(|x|/2) x / |x|), smooth at 0."""
-    square = (x * x).sum(-1, keepdim=True)
-    small = square < 1e-2  # below: Taylor series in |x|^2, its next term is below 1e-19
-    angle = torch.where(small, torch.ones_like(square), square).sqrt()
-    cosine = _polynomial(square, (1.0, -1 / 8, 1 / 384, -1 / 46080, 1 / 10321920))
-    sine = _polynomial(square, (1 / 2, -1 / 48, 1 / 3840, -1 / 645120, 1 / 185794560))
-    w = torch.where(small, cosine, torch.cos(angle / 2.0))
-    return torch.cat([w, x * torch.where(small, sine, torch.sin(angle / 2.0) / angle)], -1)
-
-
-def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    total = torch.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        total = coefficient + x * total
-    return total
 
 
 def activations(model: Any) -> Activations:
@@ -170,11 +150,13 @@ def _limits(rows: list[int], limited: Any, ranges: Any) -> Tensor:
 
 def activation_rate(table: Activations, act: Tensor, ctrl: Tensor, dynprm: Tensor) -> Tensor:
     """act_dot `[B, na]` of act `[B, na]` and ctrl `[B, nu]`; dynprm `[1 or B, nu, 10]`."""
+    if not table.dynamics:
+        return torch.zeros_like(act)
     low, high = table.control_range.to(ctrl).unbind(-1)
     control = ctrl[..., table.actuator].clamp(low, high)
     parameters = dynprm[..., table.actuator, :]
     rates = [_RATES[name](act, control, parameters) for name in table.dynamics]
-    rate = rates[0] if rates else torch.zeros_like(act)
+    rate = rates[0]
     for k in range(1, len(rates)):
         rate = torch.where(table.kind.to(act.device) == k, rates[k], rate)
     return rate
@@ -182,6 +164,8 @@ def activation_rate(table: Activations, act: Tensor, ctrl: Tensor, dynprm: Tenso
 
 def next_activation(table: Activations, act: Tensor, rate: Tensor, dynprm: Tensor) -> Tensor:
     """Activation one engine step later `[B, na]`."""
+    if not table.dynamics:
+        return act
     following = act + table.time_step * rate
     if "filterexact" in table.dynamics:
         tau = dynprm[..., table.actuator, 0].clamp(min=_MINIMUM)
@@ -227,7 +211,7 @@ def engine_step(
     q, v, act = state
     h = muscles.time_step
     if scheme == "euler":
-        following = v + h * acceleration(q, v, act, ctrl)
+        following = torch.add(v, acceleration(q, v, act, ctrl), alpha=h)
         rate = activation_rate(muscles, act, ctrl, dynprm)
         return add_tangent(table, q, h * following), following, next_activation(muscles, act, rate, dynprm)
     return _munthe_kaas(table, muscles, acceleration, state, ctrl, dynprm)

@@ -17,32 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim2real.simulators.mujoco_forward import Kind
+from sim2real.simulators.mujoco_structure import FIELDS as ALL_FIELDS
 from sim2real.simulators.mujoco_structure import Structure
 
-FIELDS = (
-    "body_mass",
-    "body_ipos",
-    "body_inertia",
-    "body_invweight0",
-    "dof_armature",
-    "dof_damping",
-    "dof_frictionloss",
-    "dof_solref",
-    "dof_solimp",
-    "dof_invweight0",
-    "jnt_stiffness",
-    "jnt_range",
-    "jnt_solref",
-    "jnt_solimp",
-    "qpos_spring",
-    "gravity",
-    "geom_friction",
-    "geom_solref",
-    "geom_solimp",
-    "actuator_gear",
-    "actuator_gainprm",
-    "actuator_biasprm",
-)
+_LACKING = ("pair_", "tendon_", "eq_", "actuator_dynprm")
+FIELDS = tuple(name for name in ALL_FIELDS if not name.startswith(_LACKING))
 """the fields the kernels know"""
 SOFT = {"dof_solref", "dof_solimp", "jnt_solref", "jnt_solimp", "geom_solref", "geom_solimp"}
 KINDS: tuple[Kind, ...] = ("explicit", "eulerdamp", "implicitfast")

@@ -1,7 +1,7 @@
 """Quaternions (w, x, y, z) as MuJoCo uses them, batched: product, matrix, exponential and logarithm.
 
-The exponential of a tangent vector d is written as (1 - |d|^2/8, d/2): exact in value, gradient and Hessian at d = 0,
-the only place where it is used, and without the singularity of sin|d|/|d|.
+Two exponentials: that of any rotation vector, and that of a tangent vector d whose value is zero, written as
+(1 - |d|^2/8, d/2): exact in value, gradient and Hessian at d = 0, for half the work.
 """
 
 from __future__ import annotations
@@ -40,6 +40,36 @@ def quaternion_matrix(q: Tensor) -> Tensor:
 def quaternion_exp(d: Tensor) -> Tensor:
     """exp(d) of a tangent vector `[..., 3]` whose value is zero, exact to second order."""
     return torch.cat([1 - (d * d).sum(-1, keepdim=True) / 8, d / 2], -1)
+
+
+def quaternion_exponential(x: Tensor) -> Tensor:
+    """Unit quaternion of the rotation vector x `[..., 3]`: (cos |x|/2, sin(|x|/2) x / |x|), smooth at 0."""
+    square = (x * x).sum(-1, keepdim=True)
+    small = square < 1e-2  # below: Taylor series in |x|^2, its next term is below 1e-19
+    angle = torch.where(small, torch.ones_like(square), square).sqrt()
+    cosine = _polynomial(square, (1.0, -1 / 8, 1 / 384, -1 / 46080, 1 / 10321920))
+    sine = _polynomial(square, (1 / 2, -1 / 48, 1 / 3840, -1 / 645120, 1 / 185794560))
+    w = torch.where(small, cosine, torch.cos(angle / 2.0))
+    return torch.cat([w, x * torch.where(small, sine, torch.sin(angle / 2.0) / angle)], -1)
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = coefficient + x * total
+    return total
+
+
+def rotation_vector_rate(x: Tensor, w: Tensor) -> Tensor:
+    """dexp(x)^-1 w: the rate of the rotation vector x `[..., 3]` of a frame that turns at w, in its own axes."""
+    square = (x * x).sum(-1, keepdim=True)
+    small = square < 1e-2
+    s = torch.where(small, torch.ones_like(square), square)
+    half = s.sqrt() / 2.0
+    series = _polynomial(square, (1 / 12, 1 / 720, 1 / 30240, 1 / 1209600, 1 / 47900160))
+    c = torch.where(small, series, (1.0 - half / torch.tan(half)) / s)
+    across = torch.linalg.cross(x, w)
+    return w + 0.5 * across + c * torch.linalg.cross(x, across)
 
 
 def normalized(q: Tensor) -> Tensor:

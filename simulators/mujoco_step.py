@@ -154,6 +154,8 @@ def _pending(model: mujoco.MjModel, settings: StepSettings) -> tuple[int, int]:
 
 def _controls(theta: Params, known: Tensor, settings: StepSettings, time_step: float) -> list[Tensor]:
     """The control of every engine step; known `[B, commands + 1, nu]`, the oldest first, the new one last."""
+    if DELAY in theta:
+        _check_delay(theta[DELAY], settings.commands * settings.frame_skip * time_step)
     if not settings.commands:
         return [known[..., -1, :]] * settings.frame_skip
     delay = theta.get(DELAY, torch.tensor(settings.delay, dtype=torch.float64))
@@ -164,6 +166,21 @@ def _controls(theta: Params, known: Tensor, settings: StepSettings, time_step: f
         late, later = (_command(known, j - whole - k, settings.frame_skip) for k in (0, 1))
         controls.append((late + (lag - whole) * (later - late))[:, 0])
     return controls
+
+
+def _check_delay(delay: Tensor, longest: float) -> None:
+    """Raise `ValueError` for a delay beyond the commands under way, whose derivative would be a silent zero.
+
+    Only plain tensors have values to look at, those inside a transform of `torch.func` do not.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(delay):
+        return
+    low, high = float(delay.detach().min()), float(delay.detach().max())
+    if not (low >= 0.0 and high <= longest * (1.0 + 1e-9)):
+        raise ValueError(
+            f"theta's 'delay' is {low if low < 0.0 else high:.6g} s, but commands are kept from 0 to {longest:.6g} s: "
+            "project theta on the model's box, or give the delay a wider one"
+        )
 
 
 def _command(known: Tensor, engine_step: Tensor, frame_skip: int) -> Tensor:

@@ -79,6 +79,8 @@ STANDARD = XmlLimits()
 
 @dataclass(frozen=True)
 class Place:
+    """Where in the XML something stands."""
+
     file: str
     line: int
 
@@ -88,6 +90,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Element:
+    """One element as it was read, before anything is made of it."""
+
     place: Place
     tag: str
     attributes: dict[str, str]
@@ -96,6 +100,7 @@ class Element:
 
 
 def refusal(place: Place, what: str, advice: str) -> XmlRefusedError:
+    """The error that says where, what is wrong and what to do."""
     return XmlRefusedError(f"{place}: {what}; {advice}")
 
 

@@ -23,10 +23,10 @@ from sim2real.simulators.mujoco_integrators import (
     coordinates,
     engine_step,
     next_activation,
-    quaternion_exponential,
     tangent,
     tangent_rate,
 )
+from sim2real.simulators.mujoco_quaternions import quaternion_exponential
 from sim2real.simulators.mujoco_structure import nominal_fields, structure
 
 ARM = """

@@ -389,6 +389,20 @@ def test_a_delay_is_the_mean_of_the_late_commands_and_differentiable() -> None:
     np.testing.assert_allclose(slope.numpy(), -np.array(late), atol=1e-12)
 
 
+def test_a_delay_outside_the_commands_kept_raises() -> None:
+    xml = '<mujoco><worldbody><body><joint name="x" type="slide"/><geom size=".1" contype="0"/></body></worldbody>' + (
+        '<actuator><motor joint="x"/></actuator></mujoco>'
+    )
+    mdp = mujoco_model(xml, {"delay": (0.0, 0.01)}, _none, backend="torch")
+    start = mdp.initial_state({"delay": torch.zeros(())}, torch.zeros(2, mdp.noise_dims[0], dtype=torch.float64))
+    action, e = torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, mdp.noise_dims[1], dtype=torch.float64)
+    for late, told in ((-0.001, "-0.001"), (0.011, "0.011"), (float("nan"), "nan")):
+        delays = torch.tensor([0.004, late], dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"'delay' is {told} s, but commands are kept from 0 to 0.01 s"):
+            mdp.step({"delay": delays}, start, action, e)
+    assert mdp.step({"delay": torch.tensor(0.01)}, start, action, e).shape == start.shape
+
+
 def at_times(delay: float) -> np.ndarray:
     return np.arange(1, 7) * 0.02 - delay
 

@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bars import Figure, main
 from benchmarks.rows import Row, stored
-from benchmarks.study_supply import RESULTS, flat, recovered, violations
-from benchmarks.supply_policies import behaviours, executed, foresight, goals, limits, run
+from benchmarks.supply_policies import behaviours, executed, flat, foresight, goals, limits, recovered, run, violations
 from sim2real.bounds import default_params
 from sim2real.params import Params
 from sim2real.simulators.supply_chain import SupplyTask, stocks, supply_chain, ten_stores, three_stores
 from sim2real.solvers.shipping_program import ShippingLimits, ship, shipping_goals
 
+RESULTS = Path(__file__).parent / "results" / "ohio_supply.json"
 TASKS = {"1w3s": three_stores(backlog=1.0), "1w3s-printed": three_stores(), "1w10s": ten_stores()}
 PUBLISHED = {
     "1w3s-heur": 81.7,

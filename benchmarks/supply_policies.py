@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sim2real.params import Params
 from sim2real.simulators.supply_chain import STEPS, SupplyTask, demand_forecast, stocks, store_room, supply_chain
 from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, plan_shipments
-from sim2real.solvers.shipping_program import ShippingLimits, ship, shipping_goals
+from sim2real.solvers.shipping_program import ShippingGoals, ShippingLimits, invert_shipments, ship, shipping_goals
 
 Decide = Callable[[Tensor], Tensor]
 THREE_LEVELS = (3.0, 9.0, 13.0)
@@ -150,6 +150,36 @@ def foresight(task: SupplyTask, theta: Params, episodes: Episodes) -> Tensor:
     """Profit `[B]` of the best plan for the demands of these episodes."""
     demand = stocks(task, episodes.states[:, :-1]).demand.movedim(1, 2)
     return plan_shipments(_costs(theta), _start(task, episodes.states[:, 0]), demand).profit
+
+
+@dataclass(frozen=True)
+class Log:
+    """Whole episodes, flattened to N transitions."""
+
+    states: Tensor
+    following: Tensor
+    reward: Tensor
+
+
+def flat(episodes: Episodes) -> Log:
+    """States before and after each step; actions are forgotten."""
+    before, after = episodes.states[:, :-1].flatten(0, 1), episodes.states[:, 1:].flatten(0, 1)
+    return Log(before, after, episodes.rewards.flatten())
+
+
+def recovered(task: SupplyTask, theta: Params, log: Log) -> ShippingGoals:
+    """Goals from states alone."""
+    return invert_shipments(limits(task, theta, log.states), *executed(task, log.following))
+
+
+def violations(task: SupplyTask, theta: Params, states: Tensor, actions: Tensor) -> Tensor:
+    """Units `[N]` by which requests exceed stock, production cap, room of the warehouse and room of the stores."""
+    held, requests = limits(task, theta, states), torch.round(actions)
+    shipments, production = requests[:, :-1], requests[:, -1]
+    over = torch.relu(shipments.sum(-1) - held.available) + torch.relu(production - held.production_cap)
+    over = over + torch.relu(held.available - shipments.sum(-1) + production - held.warehouse_capacity)
+    # a store that is too full already cannot be helped: only what is sent on top counts
+    return over + torch.relu(shipments - torch.relu(held.room)).sum(-1) + torch.relu(-requests).sum(-1)
 
 
 def behaviours(task: SupplyTask, theta: Params) -> dict[str, Decide]:

@@ -301,6 +301,16 @@ def test_predictive_plans_end_with_the_episode() -> None:
     assert not bool(out.actions[:, -1].any())
 
 
+def test_a_small_study_learns_and_breaks_no_constraint() -> None:
+    pytest.importorskip("torchrl")
+    from benchmarks.study_supply import measured
+
+    row = measured("1w3s", "heur", "bc", 0, quick=True)
+    # 600 transitions and 300 updates: near the 81 percent of its data policy; equal shares reach 3 percent
+    assert row["goals"]["percent"] > 60
+    assert row["goals"]["violations"] == row["goals_small_capacity"]["violations"] == 0
+
+
 def test_failures_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="one entry per store"):
         SupplyTask((5.0,), (1.0, 2.0), (1.0,), 10.0, 0.5, 15.0, 0.1, 50.0, 25.0)

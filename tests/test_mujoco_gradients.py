@@ -148,3 +148,17 @@ def test_study_counts_a_capped_run_with_its_cap_and_says_so(tmp_path):
     assert found["ppo-2000-reached"].value == 0.5
     file.write_text(study_rows(gradients=(100.0, None), ppo=(200.0, 300.0)))
     assert not [figure for figure in report(file) if figure.metric.startswith("ratio")]
+
+
+def test_study_resumes_what_was_capped_earlier_than_asked():
+    pytest.importorskip("gymnasium")
+    from benchmarks.study_mujoco import finished
+
+    rows = [
+        {"method": "ppo", "seed": 0, "minutes": 2.0, "cpu_to_2000": None},
+        {"method": "ppo", "seed": 1, "minutes": 2.0, "cpu_to_2000": 60.0},
+    ]
+    assert finished(rows, "ppo", 0, 2.0)
+    assert not finished(rows, "ppo", 0, 15.0)
+    assert finished(rows, "ppo", 1, 15.0)
+    assert not finished(rows, "gradients", 0, 2.0)

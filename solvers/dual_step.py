@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 Solve = Callable[[Tensor, Tensor, Tensor], "_Point"]
 
 

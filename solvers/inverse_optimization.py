@@ -1,7 +1,7 @@
 """Lower levels designed from demonstrations: kinks theta, nu under which the experts' actions are optimal.
 
-The lower level is `relu_program.py`, f(u) = c'u + sum_k max(theta_k'u - nu_k, 0) + u'Q u. Of T experts, each the program
-of its moment and the action u_t taken, the fit minimises the sum of the gaps
+The lower level is `relu_program.py`, f(u) = c'u + sum_k max(theta_k'u - nu_k, 0) + u'Q u. Of T experts, each the
+program of its moment and the action u_t taken there, the fit minimises the sum of the gaps
 
     eps_t = f(u_t) - min_u f(u) >= 0        plus        rho sum_k |theta_k, nu_k / scale|^2.
 
@@ -75,7 +75,8 @@ class LowerLevelFit:
     start_gaps: Tensor
     """`[S]`: least sum of gaps of each start"""
     converged: bool
-    """the last round lowered the objective by less than `tol`, relative; a local optimum, not a proof"""
+    """the last round lowered the objective by at most `tol` of itself, or of a thousandth of the plain lower level's
+    gap; a local optimum, not a proof"""
 
 
 def fit_lower_level(
@@ -111,7 +112,9 @@ def fit_lower_level(
         if K < 1:
             raise ValueError(f"terms must be at least 1, got {terms}")
         pairs = prepare(experts, quadratic(plain, experts.actions))
-        search = _Search(experts, pairs, plain, weight)
+        bare = relu_program(plain, experts.c, experts.B, experts.b, experts.H, experts.h)
+        plain_gap = _gaps(plain, bare, experts)
+        search = _Search(experts, pairs, plain, weight, max(1e-3 * float(plain_gap.sum()), 1e-300))
         state, start_gaps, change = _alternate(search, _slopes(experts, plain, starts, K, seed), rounds)
         state, change = _polish(search, state, polish, change)
         cost = _cost(search, state.p[0])
@@ -126,14 +129,13 @@ def fit_lower_level(
                 raise UnconvergedError(message)
             warnings.warn(message, UnconvergedWarning, stacklevel=2)
         gap = _gaps(cost, found, experts)
-        bare = relu_program(plain, experts.c, experts.B, experts.b, experts.H, experts.h)
         return LowerLevelFit(
             cost=cost,
             actions=found.u,
             gap=gap,
             error=(found.u - experts.actions).norm(dim=-1),
             error_bound=action_error_bound(cost, gap),
-            plain_gap=_gaps(plain, bare, experts),
+            plain_gap=plain_gap,
             start_gaps=start_gaps,
             converged=converged,
         )
@@ -151,8 +153,8 @@ def kink_rank(experts: Experts, *, ridge: float, curvature: Tensor | None = None
     """Rank of what kinks must explain: the directions in which f, without kinks, falls from the experts' actions.
 
     Of each expert the projection d_t of -(c_t + 2 Q u_t) on {B d = 0, H_active d <= 0}; singular values of (d_t) above
-    `tol` times the largest count. Of strictly inner experts it is P(c_t + 2 Q u_t), whose rank K must reach for a gap of
-    zero; of the others bounds explain a part, and it is a guide.
+    `tol` times the largest count. Of strictly inner experts it is -P(c_t + 2 Q u_t), whose rank K must reach for a gap
+    of zero; of the others bounds explain a part, and the number is a guide.
     """
     experts = _checked(experts)
     none = experts.actions.new_zeros(0, experts.actions.shape[-1])
@@ -191,6 +193,8 @@ class _Search:
     pairs: Pairs
     plain: ReluCost
     weight: float
+    nothing: float
+    """an objective that counts as zero"""
 
 
 class _State(NamedTuple):
@@ -227,17 +231,23 @@ def _gaps(cost: ReluCost, found: ReluSolution, experts: Experts) -> Tensor:
 
 
 def _slopes(experts: Experts, plain: ReluCost, starts: int, K: int, seed: int) -> Tensor:
-    """First slopes z `[S, T, K]`: one kink always on; the others where principal descent directions point up, or drawn."""
-    falls = _falls(experts, plain)
-    T = len(falls)
+    """First slopes z `[S, T, K]`: an expert is above a kink or not.
+
+    The first start takes the sides of the principal descent directions; the others, drawn, put each kink across one
+    coordinate of the actions, those that vary more often. In every second start one kink is always on.
+    """
+    falls, u = _falls(experts, plain), experts.actions
     left, values, _ = torch.linalg.svd(falls, full_matrices=False)
     sides = torch.stack([s * left[:, i] * values[i] for i in range(left.shape[-1]) for s in (1, -1)], -1) > 0
     rng = torch.Generator().manual_seed(seed)
-    drawn = (torch.rand(starts, T, K, generator=rng) < torch.rand(starts, 1, K, generator=rng)).to(falls)
-    z = drawn.clone()
+    spread = u.std(0, unbiased=False).cpu() + 1e-9
+    axis = torch.multinomial(spread, starts * K, replacement=True, generator=rng).to(u.device)
+    place = torch.randint(len(u), (starts * K,), generator=rng).to(u.device)
+    sign = 1.0 - 2.0 * torch.randint(2, (starts * K,), generator=rng).to(u)
+    z = (sign * (u[:, axis] - u[place, axis]) > 0).to(u).reshape(len(u), starts, K).transpose(0, 1).clone()
     count = min(K, sides.shape[-1])
-    z[0, :, :count] = sides[:, :count].to(falls)
-    z[: (starts + 1) // 2, :, -1] = 1.0
+    z[0, :, :count] = sides[:, :count].to(u)
+    z[::2, :, -1] = 1.0
     return z
 
 
@@ -258,8 +268,8 @@ def _alternate(search: _Search, z: Tensor, rounds: int) -> tuple[_State, Tensor,
         tried = _evaluate(search, torch.cat([state.p + length * (target - state.p) for length in lengths]))
         state = _best(state, tried)
         least = least.index_put((alive,), torch.minimum(least[alive], state.gap.sum(-1)))
-        change = (before - float(state.value.min())) / max(before, 1e-300)
-        if (change < 1e-3 and len(alive) <= 2) or float(state.value.min()) < 1e-12:
+        change = (before - float(state.value.min())) / max(before, search.nothing)
+        if (change < 1e-3 and len(alive) <= 2) or float(state.value.min()) < 1e-12 * search.nothing:
             break
     return _take(state, state.value.argmin().unsqueeze(0)), least, change
 
@@ -284,7 +294,7 @@ def _polish(search: _Search, state: _State, steps: int, change: float) -> tuple[
         if float(size) == 0:
             break
         tried = _best(state, _evaluate(search, p - p.norm() / size * lengths[:, None, None] * gradient))
-        change = float((state.value - tried.value) / state.value.clamp_min(1e-300))
+        change = float((state.value - tried.value) / state.value.clamp_min(search.nothing))
         state = tried
         if change < 1e-3:
             break

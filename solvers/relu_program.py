@@ -68,9 +68,9 @@ def relu_program(
 ) -> ReluSolution:
     """Minimise `f` over `B u = b, H u <= h`, batched over leading dimensions, differentiable in all tensors.
 
-    c `[..., m]`, B `[p, m]`, b `[..., p]`, H `[q, m]`, h `[..., q]`; theta `[..., K, m]` and nu `[..., K]` of `cost` may
-    be batched too. Raises `ValueError` for shapes that do not fit or ridge <= 0, `InfeasibleError` where no action meets
-    the constraints (with `on_failure="nan"`: NaN); warns or raises as `qp` where a row did not converge.
+    c `[..., m]`, B `[p, m]`, b `[..., p]`, H `[q, m]`, h `[..., q]`; theta `[..., K, m]` and nu `[..., K]` of `cost`
+    may be batched too. Raises `ValueError` for shapes that do not fit or ridge <= 0, `InfeasibleError` where no action
+    meets the constraints (with `on_failure="nan"`: NaN); warns or raises as `qp` where a row did not converge.
     """
     Q = quadratic(cost, c)
     K, m, q = cost.nu.shape[-1], c.shape[-1], h.shape[-1]
@@ -132,7 +132,7 @@ def relu_cost(cost: ReluCost, c: Tensor, u: Tensor) -> Tensor:
 
 
 def suboptimality(cost: ReluCost, solution: ReluSolution, H: Tensor, h: Tensor, u: Tensor) -> Tensor:
-    """`f(u) - min f` `[...]` of feasible actions u, as the sum of its nonnegative parts, so that none is lost to rounding.
+    """`f(u) - min f` `[...]` of feasible actions u, a sum of nonnegative parts, so that none is lost to rounding.
 
     (u - u*)'Q(u - u*) + lambda'(h - H u) + sum_k max(theta_k'u - nu_k, 0) - z_k (theta_k'u - nu_k)
     """

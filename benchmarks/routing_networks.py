@@ -36,8 +36,9 @@ class GraphConvolution(nn.Module):
         return x + torch.relu(self.linear(heard))
 
 
-def _head(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+def _head(inputs: int, width: int, outputs: int = 1) -> nn.Sequential:
+    layers = nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+    return nn.Sequential(*layers)
 
 
 class Upper(nn.Module):
@@ -72,3 +73,34 @@ class Value(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.head(self.graph(features)).sum((-2, -1))
+
+
+class EndToEnd(nn.Module):
+    """Means of all flows `[N, n^2]` in vehicles, then their raw deviations."""
+
+    def __init__(self, edges: Tensor, nodes: int, width: int = 256) -> None:
+        super().__init__()
+        self.graph, self.head = GraphConvolution(edges, nodes, FEATURES), _head(2 * FEATURES, width, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        mean, raw = self.head(_pairs(self.graph(features))).flatten(1, 2).unbind(-1)
+        return torch.cat([nn.functional.softplus(mean), raw], -1)
+
+
+class EndToEndCritic(nn.Module):
+    """Q(s, f) `[N]`: a number per pair of stations, summed."""
+
+    def __init__(self, edges: Tensor, nodes: int, width: int = 256) -> None:
+        super().__init__()
+        self.graph, self.head = GraphConvolution(edges, nodes, FEATURES), _head(2 * FEATURES + 1, width)
+
+    def forward(self, features: Tensor, flows: Tensor) -> Tensor:
+        pairs = _pairs(self.graph(features))
+        given = 0.1 * flows.reshape(*pairs.shape[:-1], 1)
+        return self.head(torch.cat([pairs, given], -1)).sum((-3, -2, -1))
+
+
+def _pairs(h: Tensor) -> Tensor:
+    """Features of origin and goal `[N, n, n, 2 f]`."""
+    n = h.shape[1]
+    return torch.cat([h.unsqueeze(2).expand(-1, -1, n, -1), h.unsqueeze(1).expand(-1, n, -1, -1)], -1)

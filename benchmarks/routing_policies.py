@@ -32,6 +32,7 @@ from sim2real.simulators.vehicle_routing import (
     routing_features,
     routing_rollout,
 )
+from sim2real.solvers.apportionment import largest_remainder
 from sim2real.solvers.flow_inverse import integer_target
 from sim2real.solvers.flow_program import FlowProgram, flow_program, rebalance_flows
 
@@ -83,6 +84,31 @@ def steered(scenario: RoutingScenario, shares: Callable[[FleetState], Tensor], *
 def observed(scenario: RoutingScenario, policy: Callable[[Tensor], Tensor]) -> Decide:
     """A learned policy: features `[B, n, 13]` -> shares `[B, n]`."""
     return steered(scenario, lambda state: policy(routing_features(scenario, state)))
+
+
+def flown(scenario: RoutingScenario, policy: Callable[[Tensor], Tensor], *, projected: bool) -> Decide:
+    """An end-to-end policy: features -> wished flows `[B, n^2]`.
+
+    Published: truncated, then cut edge by edge to the vehicles left. Projected: scaled down where a station lacks
+    vehicles, and rounded by largest remainders, those that stay included.
+    """
+    n = scenario.stations
+    moves = 1 - torch.eye(n, dtype=torch.float64)
+
+    def decide(state: FleetState) -> Tensor:
+        wished = policy(routing_features(scenario, state)).double().unflatten(-1, (n, n)).clamp(min=0) * moves
+        idle = state.idle.unsqueeze(-1)
+        if not projected:
+            whole = torch.floor(wished)
+            return torch.minimum(whole, (idle - whole.cumsum(-1) + whole).clamp(min=0))
+        fitted = wished * (idle / wished.sum(-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        stay = (idle.squeeze(-1) - fitted.sum(-1)).clamp(min=0)
+        parts = fitted + torch.diag_embed(stay)
+        empty = state.idle == 0
+        shares = torch.where(empty.unsqueeze(-1), 1.0, parts)  # nothing to share out
+        return largest_remainder(shares, state.idle)
+
+    return decide
 
 
 def none(scenario: RoutingScenario) -> Decide:

@@ -9,10 +9,11 @@ import torch
 from problems import shared
 from torch import Tensor
 
-from benchmarks.routing_networks import Critic, Upper, Value
+from benchmarks.routing_networks import Critic, EndToEnd, EndToEndCritic, Upper, Value
 from benchmarks.routing_policies import (
     behaviours,
     fleet_program,
+    flown,
     informed,
     none,
     perfect_foresight,
@@ -228,6 +229,26 @@ def test_networks_feed_the_lower_level(here: RoutingScenario) -> None:
     torch.testing.assert_close(renamed(x[:, order]), upper(x)[:, order])
     policy = lambda features: torch.softmax(upper(features.float()).double(), -1).detach()
     assert routing_returns(here, policy, 4, 0).shape == (4,)
+
+
+def test_end_to_end_flows_are_cut_or_projected(here: RoutingScenario) -> None:
+    state = start_fleet(here, 1)
+    wished = torch.zeros(1, N, N).double()
+    wished[0, 0] = torch.tensor([50.0, 15.7, -3.0, 10.2])  # of 20; the diagonal does not count
+    wished[0, 1] = torch.tensor([4.6, 0.0, 0.0, 0.0])
+    policy = lambda features: wished.flatten(1)
+    cut = flown(here, policy, projected=False)(state)[0]
+    assert cut[:2].tolist() == [[0.0, 15.0, 0.0, 5.0], [4.0, 0.0, 0.0, 0.0]]
+    fair = flown(here, policy, projected=True)(state)[0]
+    assert fair[0].tolist() == [0.0, 12.0, 0.0, 8.0]  # 20 in proportion 15.7 to 10.2: 12.12 and 7.88
+    assert fair[1].tolist() == [5.0, 15.0, 0.0, 0.0]
+    torch.manual_seed(0)
+    network, critic, x = EndToEnd(here.edges, N, 8), EndToEndCritic(here.edges, N, 8), torch.rand(3, N, 13)
+    assert network(x).shape == (3, 2 * N * N)
+    assert critic(x, network(x)[:, : N * N]).shape == (3,)
+    learned = flown(here, lambda features: network(features.float()).detach()[:, : N * N], projected=True)
+    run = routing_rollout(here, draw_requests(here, 2, torch.Generator().manual_seed(0)), learned)
+    assert run.vehicles.tolist() == [80.0, 80.0]
 
 
 def test_failures_say_what_is_wrong(here: RoutingScenario, tmp_path: Path) -> None:

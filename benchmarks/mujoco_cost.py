@@ -13,7 +13,9 @@ environment (mass, centre of mass, inertia, armature, damping, stiffness, fricti
     j-parameters/ratio   backward by everything over backward by position, velocity and control, on hopper with the same
                          fields given per environment; `ratio-shared` over that where all environments share the model
     j-scale/flatness     largest deviation of the time per environment of a step with its gradient (`advance` with its
-                         graph, then the gradient) from mid-range, 256 to 8192 environments
+                         graph, then the gradient) from mid-range, 256 to 8192 environments; a measurement takes 8192
+                         environment steps at every size, 32 calls in a row at 256, and is processor time, which on
+                         one thread of an idle machine is the time, and on a shared one is disturbed less
     j-scale/flatness-backward   the same of the gradient alone
     j-scale/threads      backward of 4096 environments on one thread over that on two
     j-scale/threads-ceiling     what the machine gives two of these: two processes, each on one thread, over one alone
@@ -173,16 +175,18 @@ def transition_differences(made: Case) -> Callable[[], None]:
     return run
 
 
-def minima(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def minima(
+    runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Fastest time of each function, their repeats interleaved, s."""
     for run in runs:
         run()
     best = [float("inf")] * len(runs)
     for _ in range(repeats):
         for k, run in enumerate(runs):
-            start = time.perf_counter()
+            start = clock()
             run()
-            best[k] = min(best[k], time.perf_counter() - start)
+            best[k] = min(best[k], clock() - start)
     return best
 
 
@@ -239,6 +243,16 @@ def step_and_gradient(made: Case) -> Callable[[], object]:
     return run
 
 
+def _repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
+    """The same call several times in a row."""
+
+    def burst() -> None:
+        for _ in range(times):
+            run()
+
+    return burst
+
+
 def flatness(times: Sequence[float]) -> float:
     """Largest deviation from mid-range, relative."""
     return (max(times) - min(times)) / (max(times) + min(times))
@@ -249,8 +263,8 @@ def scale(quick: bool) -> Iterator[Figure]:
     sizes = (256, 1024, 4096, 8192)
     cases = [case("hopper", count=count) for count in sizes]
     for label, run, name in ((step_and_gradient, "step", "flatness"), (backward, "backward", "flatness-backward")):
-        found = minima([label(made) for made in cases], 15 if quick else 60)
-        times = [t / n for t, n in zip(found, sizes, strict=True)]
+        runs = [_repeated(label(made), sizes[-1] // count) for count, made in zip(sizes, cases, strict=True)]
+        times = [t / sizes[-1] for t in minima(runs, 15 if quick else 60, time.process_time)]
         for count, seconds in zip(sizes, times, strict=True):
             yield Figure(f"{run}-{count}", 1e6 * seconds, "us", count)
         yield Figure(name, flatness(times), "share", len(sizes), 0.2)

@@ -122,8 +122,15 @@ def mujoco_model(
     tables = structure(model)
     box, fields = field_map(tables, theta, weights=weights) if len(theta) else (Box(), _no_fields)
     names = tuple(fields({key: torch.as_tensor(value) for key, value in box.default.items()}))
-    solver = {"threads": threads, "tolerance": tolerance, "strict": strict}
-    build = partial(mujoco_system, names=names, engine=engine, backend=backend, **solver)
+    build = partial(
+        mujoco_system,
+        names=names,
+        engine=engine,
+        backend=backend,
+        threads=threads,
+        tolerance=tolerance,
+        strict=strict,
+    )
     system = smoothed_system(model, smoothing, names, build)
     if delay and DELAY in box.default:
         raise ValueError(f"delay={delay} s next to theta's 'delay', which replaces it; give that one a default instead")

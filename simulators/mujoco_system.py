@@ -80,8 +80,9 @@ def mujoco_system(
     scheme, kind = integration(tables.model)
     if kind == "eulerdamp" and "dof_damping" not in names and not tables.model.dof_damping.any():
         kind = "explicit"  # no damping anywhere: the implicit step is the explicit one
-    solver = {"tolerance": tolerance, "strict": strict}
-    program = acceleration_program(tables, names, kind, engine=engine, backend=backend, threads=threads, **solver)
+    program = acceleration_program(
+        tables, names, kind, engine=engine, backend=backend, threads=threads, tolerance=tolerance, strict=strict
+    )
     return MujocoSystem(
         structure=tables,
         names=names,

@@ -7,17 +7,19 @@ out, n is the number of seeds behind a figure. `--quick` trains one small instan
 
     N-M             gap to the exact optimum, mean over seeds (n of them); N-M-stderr over seeds
     ppo-ratio-N     gap of PPO after as many epochs, same networks, over that of HPO
-    branches-N-M    gap with counterfactual branches at every step, after as many rollouts
+    branches-N-M    gap with counterfactual branches, trained on as many simulated periods at most, branches included
     same-periods-N-M, branches-same-periods-N-M
-                    lowest gap on the development set within the same number of simulated periods, branches included:
-                    that of the shorter of the two trainings
+                    lowest gap on the development set within the same number of simulated periods, that of the shorter
+                    of the two trainings
 
 `m-jrp`, joint replenishment with K = 64: `N`, gap to the exact optimal policy paired on the 1024 test paths, trained
 with counterfactual branches at 4 steps of each rollout; `N-hpo` with a critic instead; `2-nb`, two items with negative
 binomial demand, and `2-nb-cost` per item and period (published neural policy 1.423, optimum 1.411). Up to three items
-start from an order-up-to rule at six mean demands that orders at random every fourth period.
+start from an order-up-to rule at six mean demands that orders at random every fourth period; `2-nb` likewise at fifty
+mean demands and every 47th period.
 
-`m-jrp50`, 50 items: `best`, the lowest cost on the development paths of any row; `updates` of HPO, `ppo-updates` until
+`m-jrp50`, 50 items: `best`, the lowest cost on the development paths of any row, HPO from an order-up-to rule (row
+`jrp/50/rule`) among them; `updates` of HPO from uniform choices and orders near their mean, `ppo-updates` until
 the cost there is within 10 % of it; `ppo-ratio` of the two. When PPO never gets there, the updates it had are a lower
 bound, and the metric is called `ppo-ratio-at-least`.
 """

@@ -7,8 +7,9 @@ One update of HPO on B rollouts, A the advantage of each decision, one scale for
 
 A comes from a critic (generalised advantage estimation) or from counterfactual branches under common noise: at some
 of the steps the rollout is continued with each other choice, and every choice d there has an advantage, weighted by
-pi(d | s). PPO draws Gaussian continuous actions and clips the ratio of the whole action. Gradients are clipped apart
-for the choice, the continuous part and the critic.
+pi(d | s). With `response` the later passes fit the choice to the soft best response to these returns instead, whose
+gradient does not vanish where the policy is sure and wrong. PPO draws Gaussian continuous actions and clips the ratio
+of the whole action. Gradients are clipped apart for the choice, the continuous part and the critic.
 
 Reference: M. Alvo et al., Policy optimization in hybrid discrete-continuous action spaces via mixed gradients;
 J. Schulman et al., Proximal policy optimization algorithms, 2017, eq. 7.
@@ -67,6 +68,11 @@ class Recipe:
     """branches start only in so many first steps; later choices get no credit. None: anywhere"""
     branch_steps: int | None = None
     """for how long each is followed; what comes later counts as equal. None: to the end"""
+    first_weight: float = 1.0
+    """of the first pass of "branches": where large, the norms are always clipped, and no huge first gradient stays in
+    the memory of Adam"""
+    response: float | None = None
+    """later passes fit the soft best response to the branches at this temperature, in units of their differences"""
 
 
 @dataclass(frozen=True)
@@ -189,21 +195,25 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         pi = old[:, rows].exp()
         advantage = to_go - (pi * to_go).sum(-1, keepdim=True)
         # advantages vanish as the choice gets right: a scale by their spread would blow up the pathwise part
-        scale = float(1 / detached.rewards.std())
+        scale = float(recipe.first_weight / detached.rewards.std())
         spread = (pi * advantage.square()).sum(-1).mean().sqrt().clamp_min(1e-10)
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
         weights[:, rows] = pi * advantage / spread
+        credit = weights.clone()
         bonus = entropy * float(scale * spread) * len(early) / (horizon - 2 * recipe.buffer)
         share = share / float(scale * spread)
+        if recipe.response is not None:
+            span = (to_go.amax(-1) - to_go.amin(-1)).square().mean().sqrt()
+            credit[:, rows] = torch.softmax(to_go / (recipe.response * span).clamp_min(1e-10), -1)
     else:
         advantage, target, unit = generalised_advantage(recipe, learner, features, detached.rewards)
         spread, extra = advantage[:, kept].std(), 0
         scale = float(unit / spread)
         standard = (advantage - advantage[:, kept].mean()) / spread
-        weights = standard.unsqueeze(-1) * one_hot(detached.actions[..., 0].long(), task.choices)
+        weights = credit = standard.unsqueeze(-1) * one_hot(detached.actions[..., 0].long(), task.choices)
     gain = (scale * path.rewards + (weights * log_probs).sum(-1) / share)[:, recipe.buffer :].mean()
     ascend(learner, gain + bonus * choice_entropy(log_probs[:, kept]).mean())
-    parts = (detached.states[:, :-1], detached.actions, weights, old, features, target)
+    parts = (detached.states[:, :-1], detached.actions, credit, old, features, target)
     later_passes(recipe, learner, Batch(*(part[:, rows].flatten(0, 1) for part in parts)), entropy)
     return path.rewards.numel() + extra
 
@@ -233,6 +243,9 @@ def later_passes(recipe: Recipe, learner: Learner, data: Batch, entropy: float) 
             choices = policy.choice_log_probs(nu, state, action)
             log_prob = policy.log_prob(nu, state, action).unsqueeze(-1) if recipe.method == "ppo" else choices
             change, credit = log_prob - data.log_prob[part], data.credit[part]
+            if recipe.response is not None:
+                ascend(learner, (credit * choices).sum(-1).mean())
+                continue
             ratio = change.exp()
             clipped = ratio.clamp(1 - recipe.clip, 1 + recipe.clip)
             gain = torch.minimum(ratio * credit, clipped * credit).sum(-1).mean()

@@ -46,7 +46,17 @@ class Instance:
 
 
 HPO = Recipe()
-BRANCHES = replace(HPO, method="branches")
+BRANCHES = replace(
+    HPO,
+    method="branches",
+    epochs=40,
+    branch_times=3,
+    branch_before=3,
+    branch_steps=3,
+    first_weight=200.0,
+    response=0.2,
+)
+"""three branches of three steps, in which an optimal regulator does all but 0.1 % of its work"""
 PPO = replace(HPO, method="ppo", rate=1e-3, passes=4, minibatches=4)
 LONG: dict[str, Any] = {"epochs": 16, "rate": 2e-3, "width": 64, "ramp": 0.4, "buffer": 12, "passes": 4}
 """joint replenishment: exploration at first only, edges that teach nothing"""
@@ -62,10 +72,11 @@ def instances() -> Iterator[Instance]:
         few = partial(replenishment_task, items, periods=60, rule=(1.1, 6.0))
         yield Instance(f"jrp/{items}/branches", few, replace(HPO, **FEW), seeds=1)
         yield Instance(f"jrp/{items}/hpo", few, replace(HPO, **LONG), seeds=1)
-    heavy = FEW | {"epochs": 40, "batch": 64, "buffer": 30}  # orders lie some 40 periods apart
-    yield Instance("jrp/2-nb/branches", partial(heavy_tail_task, 150), replace(HPO, **heavy), seeds=1)
+    # some 50 periods lie between orders
+    heavy = FEW | {"epochs": 20, "rate": 3e-3, "buffer": 50, "cut": 100, "branch_times": 6}
+    yield Instance("jrp/2-nb/branches", partial(heavy_tail_task, 260), replace(HPO, **heavy), seeds=1)
     yield Instance("lqr/16-2/ppo", partial(lqr_task, 16), PPO)
-    yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=40))
+    yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=27))
     yield Instance("lqr/16-2/branches", partial(lqr_task, 16), BRANCHES)
     yield Instance("lqr/48-2/ppo", partial(lqr_task, 48), PPO)
     many = LONG | {"width": 128, "epochs": 24, "discount": 0.93}

@@ -87,6 +87,20 @@ def test_short_branches_compare_the_same_steps(task: HybridTask) -> None:
         torch.testing.assert_close(found[:, column], wanted[:, 0])
 
 
+def test_later_passes_find_the_soft_best_response_to_branches(task: HybridTask) -> None:
+    """Many passes over one batch of exact returns end at their softmax, where the cross entropy to it is least."""
+    recipe = replace(TINY, method="branches", branch_times=1, branch_before=1, passes=300, minibatches=1, response=0.5)
+    learner = new_learner(task, recipe, 0)
+    noise, path = drawn(task, learner)
+    to_go, _ = branch_returns(task, learner, noise, path, torch.tensor([0]))
+    span = (to_go.amax(-1) - to_go.amin(-1)).square().mean().sqrt()
+    wanted = torch.softmax(to_go / (0.5 * span), -1).squeeze(1)
+    hpo_update(task, recipe, learner, noise, 0.0)
+    start = path.states[:, 0].detach()
+    found = learner.policy.choice_log_probs(learner.nu, start, start).exp()
+    assert float((found - wanted).abs().mean().detach()) < 0.05  # sixteen starts, networks of width 16
+
+
 def test_a_batch_that_is_cut_ends_earlier(task: HybridTask) -> None:
     *_, last = train(task, replace(TINY, cut=19))
     assert 6 * 32 < last.periods < 6 * 32 * 20

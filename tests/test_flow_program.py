@@ -1,5 +1,7 @@
 """Rebalancing flows against the program as written, networkx-free enumeration, and known duals; their inverse."""
 
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -62,16 +64,19 @@ def test_flows_cost_what_the_program_as_written_costs(rounded: bool) -> None:
     assert float(found.shortfall.max()) == 0
 
 
-def test_a_large_city_is_priced_out_exactly() -> None:
-    """110 stations: more edges than one call takes at first."""
-    cost = cities(110, 0, rounded=False)
-    idle, target = fleets(110, 1, 1)
-    found = rebalance_flows(flow_program(cost), idle, target)
-    whole = flow_program(cost)
-    rows = scipy.sparse.kron(scipy.sparse.eye_array(110), np.ones((1, 110)), format="csr")
-    columns = scipy.sparse.kron(np.ones((1, 110)), scipy.sparse.eye_array(110), format="csr")
-    best = linprog(whole.cost.ravel(), A_ub=rows, b_ub=idle[0].numpy(), A_eq=columns, b_eq=target[0].numpy())
-    assert float(found.cost) == pytest.approx(best.fun, rel=1e-9)
+@pytest.mark.parametrize("rounded", [False, True], ids=["metric", "rounded"])
+def test_a_large_city_is_priced_out_exactly(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 150 edges at first, of 400 (stations with too many to those with too few) or 1600 (all)."""
+    monkeypatch.setattr(sys.modules["sim2real.solvers.flow_program"], "BLOCK", 75)
+    program = flow_program(cities(40, 0, rounded=rounded), tie_break=1.0 if rounded else None)
+    idle, target = fleets(40, 4, 1)
+    found = rebalance_flows(program, idle, target)
+    assert bool(found.full.any()) is rounded
+    rows = scipy.sparse.kron(scipy.sparse.eye_array(40), np.ones((1, 40)), format="csr")
+    columns = scipy.sparse.kron(np.ones((1, 40)), scipy.sparse.eye_array(40), format="csr")
+    for k in range(4):
+        best = linprog(program.cost.ravel(), A_ub=rows, b_ub=idle[k].numpy(), A_eq=columns, b_eq=target[k].numpy())
+        assert float(found.cost[k]) == pytest.approx(best.fun, rel=1e-9)
 
 
 def test_of_equal_flows_the_preferred_come_out() -> None:

@@ -30,6 +30,14 @@ from sim2real.solvers.flow_inverse import (
 )
 from sim2real.solvers.flow_program import FlowProgram, Flows, flow_program, rebalance_flows
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
+from sim2real.solvers.inverse_optimization import (
+    Experts,
+    LowerLevelFit,
+    action_error_bound,
+    fit_lower_level,
+    kink_rank,
+)
+from sim2real.solvers.inverse_scip import GlobalFit, fit_globally
 from sim2real.solvers.inversion import invert
 from sim2real.solvers.inversion_descent import invert_adam, invert_cem
 from sim2real.solvers.inversion_lqr import (
@@ -62,6 +70,7 @@ from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.relinearised import relinearised_gains
+from sim2real.solvers.relu_program import ReluCost, ReluSolution, relu_cost, relu_program, suboptimality
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, ShippingSchedule, plan_shipments
 from sim2real.solvers.shipping_program import (
@@ -84,13 +93,16 @@ __all__ = [
     "BoxQPSolution",
     "DerivativeError",
     "DerivativeWarning",
+    "Experts",
     "FlowInverse",
     "FlowProgram",
     "Flows",
+    "GlobalFit",
     "InfeasibleError",
     "Inversion",
     "LinearOptimum",
     "LinearProgram",
+    "LowerLevelFit",
     "MPCPlan",
     "MPCReport",
     "Minimum",
@@ -101,6 +113,8 @@ __all__ = [
     "PlanStart",
     "QPSolution",
     "QuadraticModel",
+    "ReluCost",
+    "ReluSolution",
     "RightHandSide",
     "ShippingGoals",
     "ShippingLimits",
@@ -110,6 +124,7 @@ __all__ = [
     "SoftLQR",
     "Spectrum",
     "UnstableError",
+    "action_error_bound",
     "block_tridiagonal_solve",
     "box_qp",
     "cg",
@@ -121,6 +136,8 @@ __all__ = [
     "feedback_law",
     "feedback_lower",
     "finite_horizon_riccati",
+    "fit_globally",
+    "fit_lower_level",
     "flow_program",
     "gauss_newton_gap",
     "gmres",
@@ -140,6 +157,7 @@ __all__ = [
     "invert_linear",
     "invert_right_hand_side",
     "invert_shipments",
+    "kink_rank",
     "largest_remainder",
     "least_squares",
     "least_squares_layer",
@@ -167,6 +185,8 @@ __all__ = [
     "recover_target",
     "recover_target_from_edges",
     "relinearised_gains",
+    "relu_cost",
+    "relu_program",
     "riccati",
     "riccati_residual",
     "root_jvp",
@@ -181,6 +201,7 @@ __all__ = [
     "spectrum",
     "state_transition",
     "state_values",
+    "suboptimality",
     "target_shares",
     "theseus_solver",
     "transition_map",

@@ -105,7 +105,7 @@ def fit_lower_level(
             f"need starts, rounds >= 1, polish >= 0, weight > 0; got {starts}, {rounds}, {polish}, {weight}"
         )
     with torch.no_grad():
-        experts = _checked(experts)
+        experts = check_experts(experts)
         none = experts.actions.new_zeros(0, experts.actions.shape[-1])
         plain = ReluCost(none, none[:, 0], ridge, curvature)
         K = max(1, min(8, kink_rank(experts, ridge=ridge, curvature=curvature))) if terms is None else terms
@@ -117,6 +117,8 @@ def fit_lower_level(
         search = _Search(experts, pairs, plain, weight, max(1e-3 * float(plain_gap.sum()), 1e-300))
         state, start_gaps, change = _alternate(search, _slopes(experts, plain, starts, K, seed), rounds)
         state, change = _polish(search, state, polish, change)
+        if float(plain_gap.sum()) <= float(state.value):  # no kinks are better than these
+            state, change = _evaluate(search, torch.zeros_like(state.p)), 0.0
         cost = _cost(search, state.p[0])
         found = relu_program(cost, experts.c, experts.B, experts.b, experts.H, experts.h)
         converged = bool(change <= tol)
@@ -156,7 +158,7 @@ def kink_rank(experts: Experts, *, ridge: float, curvature: Tensor | None = None
     `tol` times the largest count. Of strictly inner experts it is -P(c_t + 2 Q u_t), whose rank K must reach for a gap
     of zero; of the others bounds explain a part, and the number is a guide.
     """
-    experts = _checked(experts)
+    experts = check_experts(experts)
     none = experts.actions.new_zeros(0, experts.actions.shape[-1])
     falls = _falls(experts, ReluCost(none, none[:, 0], ridge, curvature))
     values = torch.linalg.svdvals(falls)
@@ -301,7 +303,7 @@ def _polish(search: _Search, state: _State, steps: int, change: float) -> tuple[
     return state, change
 
 
-def _checked(experts: Experts) -> Experts:
+def check_experts(experts: Experts) -> Experts:
     """In float64, c and h with a row per expert, shapes and feasibility of the experts checked."""
     u = experts.actions
     if u.ndim != 2 or len(u) == 0:

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sim2real.solvers.convex import InfeasibleError
 from sim2real.solvers.qp import OnFailure, qp
+
+_FEASIBLE = 1e-6  # of actions, goals and 1; what the layer solves to is a thousand times smaller
 
 
 @dataclass(frozen=True)
@@ -99,16 +102,27 @@ def relu_program(
         strict=strict,
         on_failure=on_failure,
     )
-    multipliers = found.inequality_multipliers
+    multipliers, u = found.inequality_multipliers, found.x[..., :m]
+    broken = _broken(u.detach(), B, b.detach(), H, h.detach())
+    if on_failure == "raise" and bool(broken.any()):
+        row = int(broken.flatten().nonzero()[0, 0])
+        raise InfeasibleError(f"relu_program: no action of sample {row} meets B u = b and H u <= h", row)
     return ReluSolution(
-        u=found.x[..., :m],
+        u=torch.where(broken.unsqueeze(-1), torch.nan, u),
         slopes=multipliers[..., q : q + K],
         inequality_multipliers=multipliers[..., :q],
         equality_multipliers=found.equality_multipliers,
-        converged=found.converged,
-        infeasible=found.infeasible,
+        converged=found.converged & ~broken,
+        infeasible=found.infeasible | broken,
         margin=found.margin,
     )
+
+
+def _broken(u: Tensor, B: Tensor, b: Tensor, H: Tensor, h: Tensor) -> Tensor:
+    """Broken constraints: the heights tau of an infeasible program may grow until the rest counts as rounding."""
+    allowed = _FEASIBLE * (1 + torch.cat([u, b.expand(*u.shape[:-1], b.shape[-1])], -1).abs().amax(-1))
+    equal, over = (u @ B.mT - b).abs(), u @ H.mT - h
+    return (torch.cat([equal, over], -1) > allowed.unsqueeze(-1)).any(-1)
 
 
 def quadratic(cost: ReluCost, like: Tensor) -> Tensor:
@@ -138,7 +152,8 @@ def suboptimality(cost: ReluCost, solution: ReluSolution, H: Tensor, h: Tensor, 
     """
     step = u - solution.u
     kinks = (u.unsqueeze(-2) @ cost.theta.mT).squeeze(-2) - cost.nu
-    complementary = (solution.inequality_multipliers * (h - u @ H.mT).clamp_min(0)).sum(-1)
+    slack = torch.where(h.isinf(), 0.0, (h - u @ H.mT).clamp_min(0))
+    complementary = (solution.inequality_multipliers * slack).sum(-1)
     z = solution.slopes
     above = torch.where(kinks > 0, (1 - z).clamp_min(0) * kinks, -z.clamp_min(0) * kinks).sum(-1)
     return ((step @ quadratic(cost, u)) * step).sum(-1) + complementary + above

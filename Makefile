@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 EXPORTS := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup run test test-slow lint bench study-hpo study-hdpo study-mujoco docs clean
+.PHONY: setup run test test-slow lint bench study-hpo study-hdpo study-mujoco study-ohio docs clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ study-hpo study-mujoco: $(STAMP)
 # Hindsight training on the published inventory instances: resumable, hours; rows to benchmarks/results/hdpo.json
 study-hdpo: $(STAMP)
 	$(EXPORTS) $(BIN)/python benchmarks/study_hdpo.py $(ARGS)
+
+# Upper policies learned offline from inverted logs: resumable, about an hour; rows to benchmarks/results/ohio.json
+study-ohio: $(STAMP)
+	$(EXPORTS) $(BIN)/python benchmarks/study_ohio.py $(ARGS)
 
 docs: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m sphinx -W -b html docs docs/_build

@@ -146,20 +146,20 @@ def measured(instance: Instance, seed: int) -> Row:
 
 
 def run(path: Path, only: str, seeds: int, quick: bool) -> None:
-    """Append the rows that are missing, one by one."""
+    """Append the rows that are missing, one by one, a seed of all instances before the next."""
     torch.set_num_threads(1)
     where = stamp("torch", "torchrl", "tensordict")
-    for instance in instances():
+    for seed, instance in ((seed, instance) for seed in range(seeds) for instance in instances()):
         if quick:
             short = replace(instance.recipe, updates=20, every=10)
             instance = replace(instance, recipe=short, episodes=4, steps=50, judged=4)
-        for seed in range(min(seeds, instance.seeds)):
-            if only not in instance.name or present(stored(path), instance=instance.name, seed=seed):
-                continue
-            row = measured(instance, seed) | where
-            append(path, row)
-            shown = ("instance", "seed", "return", "data", "percent", "segments", "inversion_seconds", "train_seconds")
-            print(json.dumps({key: row[key] for key in shown}), flush=True)
+        done = present(stored(path), instance=instance.name, seed=seed)
+        if only not in instance.name or seed >= instance.seeds or done:
+            continue
+        row = measured(instance, seed) | where
+        append(path, row)
+        shown = ("instance", "seed", "return", "data", "percent", "segments", "inversion_seconds", "train_seconds")
+        print(json.dumps({key: row[key] for key in shown}), flush=True)
 
 
 def main() -> None:

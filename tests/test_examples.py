@@ -20,6 +20,8 @@ EXAMPLES = {
     "hpo_joint_replenishment.py": (("--quick", "--plot", "figure.png"), "cost per product", ()),
     "hpo_switched_lqr.py": (("--quick", "--plot", "figure.png"), "gap to the optimum", ()),
     "lead_game.py": (("--quick", "--plot", "figure.png"), "exact return", ()),
+    "ohio_old_logs.py": (("--quick", "--plot", "figure.png"), "on the real arm it leads", ()),
+    "ohio_reacher.py": (("--quick", "--plot", "figure.png"), "inverted goals: return", ()),
     "ppo_hybrid.py": (("--quick", "--plot", "figure.png"), "gap to the optimum", ()),
     "tune_battery.py": (("--quick", "--plot", "figure.png"), "of the gap to the real optimum", ()),
     "tune_mpc.py": (("--quick", "--plot", "figure.png"), "tuned", ()),

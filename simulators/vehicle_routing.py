@@ -209,7 +209,8 @@ def match_trips(scenario: RoutingScenario, state: FleetState, requests: Tensor) 
     gain = (served * (price - scenario.step_cost * steps)).sum((-1, -2)).clamp(min=0)
     sent = _sent(state, served, steps)
     if state.trips is not None and state.lost is not None:
-        sent = replace(sent, **_overwritten(state.trips, state.lost, served, steps))
+        trips, lost = _overwritten(state.trips, state.lost, served, steps)
+        sent = replace(sent, trips=trips, lost=lost)
     return sent, gain
 
 
@@ -221,17 +222,15 @@ def _sent(state: FleetState, flows: Tensor, steps: Tensor) -> FleetState:
     return replace(state, idle=state.idle - flows.sum(-1), incoming=incoming)
 
 
-def _overwritten(trips: Tensor, lost: Tensor, served: Tensor, steps: Tensor) -> dict[str, Tensor]:
+def _overwritten(trips: Tensor, lost: Tensor, served: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Passengers of a pair who are due at the same time as those who leave now are forgotten."""
     n, width = lost.shape[1:]
     due = (torch.arange(n) * width + steps).flatten()
     place = (torch.arange(n * n) * width + steps.flatten()).expand(len(served), -1)
     old, new = trips.flatten(1).gather(1, place), served.flatten(1)
     taken = old * (new > 0)
-    return {
-        "trips": trips.flatten(1).scatter(1, place, torch.where(new > 0, new, old)).view_as(trips),
-        "lost": lost.flatten(1).index_add(1, due, taken).view_as(lost),
-    }
+    kept = trips.flatten(1).scatter(1, place, torch.where(new > 0, new, old)).view_as(trips)
+    return kept, lost.flatten(1).index_add(1, due, taken).view_as(lost)
 
 
 def move_vehicles(scenario: RoutingScenario, state: FleetState, flows: Tensor) -> tuple[FleetState, Tensor]:

@@ -169,15 +169,16 @@ def _whole(values: Tensor, name: str, n: int) -> Array:
 def _transport(cost: Array, supply: Array, demand: Array, slack: float | None, names: Array) -> Array:
     """Cheapest g `[b, n, n]` with row sums of at most `supply` and column sums `demand`, both `[b, n]`."""
     g = np.zeros((*supply.shape, supply.shape[1]))
-    size = ((supply > 0).sum(-1) * (demand > 0).sum(-1)).cumsum()
+    # at most 100 rows, so that the pairs of all their stations fit
+    size = ((supply > 0).sum(-1) * (demand > 0).sum(-1) + BLOCK // 100).cumsum()
     for rows in np.split(np.arange(len(supply)), np.flatnonzero(np.diff(size // BLOCK)) + 1):
         origin, goal = np.nonzero(supply[rows]), np.nonzero(demand[rows])
         if len(goal[0]):
-            pair = np.nonzero((origin[0][:, None] == goal[0]) & np.isfinite(cost[origin[1][:, None], goal[1]]))
-            price = cost[origin[1][pair[0]], goal[1][pair[1]]]
+            start, end = np.nonzero((origin[0][:, None] == goal[0]) & np.isfinite(cost[origin[1][:, None], goal[1]]))
+            price = cost[origin[1][start], goal[1][end]]
             ends = (supply[rows][origin], demand[rows][goal])
-            flow = _priced_out((*pair, price), *ends, slack, names[rows])
-            g[rows[origin[0][pair[0]]], origin[1][pair[0]], goal[1][pair[1]]] = flow
+            flow = _priced_out((start, end, price), *ends, slack, names[rows])
+            g[rows[origin[0][start]], origin[1][start], goal[1][end]] = flow
     return g
 
 

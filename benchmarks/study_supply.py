@@ -227,15 +227,14 @@ def small(theta: Params) -> Params:
     return theta | {"capacity": capacity}
 
 
-def recipe_of(method: str, quick: bool) -> Recipe:
+def recipe_of(method: str, updates: int) -> Recipe:
     """The published discount, expectile and temperature; fewer updates, at higher rates that fall."""
-    updates = 300 if quick else UPDATES
     settings = {"rate": 1e-3, "critic_rate": 1e-3, "anneal": True, "discount": 0.97, "every": updates}
     return Recipe(method, updates=updates, batch=BATCH, **settings)  # type: ignore[arg-type]
 
 
 def trained(
-    task: SupplyTask, theta: Params, data: str, method: str, seed: int, *, quick: bool
+    task: SupplyTask, theta: Params, data: str, method: str, seed: int, *, quick: bool, updates: int = UPDATES
 ) -> tuple[Callable[[Params], Callable[[Tensor], Tensor]], Progress]:
     """A learned policy as a function of theta (which it sees through the features), and its last report."""
     torch.manual_seed(seed)
@@ -243,7 +242,9 @@ def trained(
     log, aside = (logged(task, data, -(-size // STEPS), 2 * seed + k) for k, size in enumerate((count, 600)))
     train, held = (transitions(task, theta, each, inputs_of(task, theta, each, end_to_end)) for each in (log, aside))
     nets, family = networks(task, theta, train, 32 if quick else WIDTH, end_to_end)
-    *_, last = learn(train, held, nets, family, recipe_of(method.removeprefix("e2e-"), quick), seed=seed)
+    *_, last = learn(
+        train, held, nets, family, recipe_of(method.removeprefix("e2e-"), 300 if quick else updates), seed=seed
+    )
 
     def policy(theta: Params) -> Callable[[Tensor], Tensor]:
         def said(state: Tensor) -> Tensor:
@@ -254,11 +255,11 @@ def trained(
     return policy, last
 
 
-def measured(name: str, data: str, method: str, seed: int, *, quick: bool) -> Row:
+def measured(name: str, data: str, method: str, seed: int, *, quick: bool, updates: int = UPDATES) -> Row:
     """One row of the study."""
     task, begin = TASKS[name], time.process_time()
     theta = default_params(supply_chain(task).box)
-    policy, last = trained(task, theta, data, method, seed, quick=quick)
+    policy, last = trained(task, theta, data, method, seed, quick=quick, updates=updates)
     episodes, row = 10 if quick else TEST_EPISODES, Row()
     for kind in ("raw", "projected") if method.startswith("e2e-") else ("goals",):
         row[kind] = scores(task, theta, deployed(task, theta, policy(theta), kind), episodes)
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", choices=["heur", "mpc"])
     parser.add_argument("--method", action="append", choices=["bc", "iql", "cql", "e2e-bc", "e2e-iql"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--quick", action="store_true", help="a few updates on little data; prints, stores nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,7 +287,7 @@ def main() -> None:
                 for method in options.method or ["bc", "iql"]:
                     key: Row = {"task": name, "data": data, "method": method, "seed": seed}
                     if options.quick or not present(stored(RESULTS), **key):
-                        row = key | measured(name, data, method, seed, quick=options.quick)
+                        row = key | measured(name, data, method, seed, quick=options.quick, updates=options.updates)
                         print(row, flush=True)
                         if not options.quick:
                             append(RESULTS, row | where)

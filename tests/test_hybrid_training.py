@@ -30,6 +30,7 @@ from sim2real.mdp import Noise
 from sim2real.rollout import Rollout, rollout
 
 TINY = Recipe(epochs=3, batch=32, width=16)
+LARGE = ("lqr/16-2/hpo", "lqr/16-2/branches")
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,15 @@ def test_stored_gaps_meet_the_bars(size: str, bar: float) -> None:
     if not gaps:
         pytest.skip(f"no rows of {size} yet")
     assert 0.0 < fmean(gaps) <= bar
+
+
+def test_stored_branches_beat_the_critic_on_fewer_periods() -> None:
+    rows = {name: [row for row in stored(study_hpo.FILE) if row["instance"] == name] for name in LARGE}
+    plain, branches = (rows[name] for name in LARGE)
+    if not plain or not branches:
+        pytest.skip("no rows of both yet")
+    assert max(row["curve"][-1][1] for row in branches) <= min(row["curve"][-1][1] for row in plain)
+    assert fmean(row["gap"] for row in branches) < fmean(row["gap"] for row in plain)
 
 
 @pytest.mark.parametrize("items", [1, 2, 3])

@@ -116,7 +116,8 @@ def fit_lower_level(
         plain_gap = _gaps(plain, bare, experts)
         search = _Search(experts, pairs, plain, weight, max(1e-3 * float(plain_gap.sum()), 1e-300))
         state, start_gaps, change = _alternate(search, _slopes(experts, plain, starts, K, seed), rounds)
-        state, change = _polish(search, state, polish, change)
+        state, last = _polish(search, state, polish)
+        change = max(change, last)  # a polish that finds nothing does not say that the alternation had come to rest
         if float(plain_gap.sum()) <= float(state.value):  # no kinks are better than these
             state, change = _evaluate(search, torch.zeros_like(state.p)), 0.0
         cost = _cost(search, state.p[0])
@@ -283,9 +284,10 @@ def _best(state: _State, tried: _State) -> _State:
     return _take(both, both.value.reshape(-1, S).argmin(0) * S + torch.arange(S, device=both.value.device))
 
 
-def _polish(search: _Search, state: _State, steps: int, change: float) -> tuple[_State, float]:
-    """Envelope gradient steps of one candidate on the true objective, eight lengths at once, taken only downhill."""
+def _polish(search: _Search, state: _State, steps: int) -> tuple[_State, float]:
+    """Envelope gradient steps on the true objective, eight lengths at once, only downhill; and its last fall."""
     features = search.pairs.features
+    change = 0.0
     lengths = 0.1 * 4.0 ** -torch.arange(8, dtype=features.dtype, device=features.device)
     for _ in range(steps):
         p = state.p[0]

@@ -125,8 +125,8 @@ def fit_lower_level(
         converged = bool(change <= tol)
         if not converged:
             message = (
-                f"fit_lower_level: the objective still fell by {100 * change:.1f} % in the last of {rounds} rounds; "
-                "raise rounds or tol"
+                f"fit_lower_level: the objective still fell by {100 * change:.1f} % in the last round or step of polish; "
+                "raise rounds, polish or tol"
             )
             if strict:
                 raise UnconvergedError(message)

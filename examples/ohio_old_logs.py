@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--plot", type=Path)
-    settings = Settings(3, 25, 2, 5) if parser.parse_args().quick else Settings()
+    settings = Settings(2, 50, 2, 5) if parser.parse_args().quick else Settings()
     design = {key: torch.tensor(value, dtype=torch.float64) for key, value in ARM.box.default.items()}
     real = design | {key: torch.tensor(value, dtype=torch.float64) for key, value in REAL.items()}
 

@@ -65,7 +65,7 @@ EXAMPLES = {
 }
 
 
-LONG = ("mujoco_tune.py",)  # over a minute even when short
+LONG = ("mujoco_tune.py", "ohio_old_logs.py")  # many seconds even when short
 
 
 @pytest.mark.parametrize(

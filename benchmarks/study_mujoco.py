@@ -11,7 +11,7 @@ A row is one method and seed: for each goal the wall-clock and processor seconds
 it (null: not within the processor minutes of `--minutes`), the curve, settings, command, machine and versions.
 Processor seconds are what other jobs on the machine spoil least; they set the cap and when to judge. Resumable: a row
 that the file holds is skipped, unless it was capped earlier than asked. `--report` prints the bar from the rows: the
-ratio of means over seeds, and the spread of both. A run of PPO that was capped counts with its cap, so the ratio is
+ratio of means over seeds, and the spread of both. A run of PPO that was capped counts to its last judgement, so the ratio is
 then at most what is printed (`ratio-GOAL-at-most`); where a run of `gradients` was capped there is no ratio.
 """
 
@@ -162,13 +162,13 @@ def finished(rows: list[Row], method: str, seed: int, minutes: float) -> bool:
 def report(path: Path) -> Iterator[Figure]:
     """`j-train`: ratios of mean seconds over seeds, and the least and largest of each."""
     rows = {(row["method"], row["seed"]): row for row in stored(path)}.values()  # the longest, which came last
-    for goal, clock in itertools.product(GOALS, ("wall", "cpu")):
+    for goal, (place, clock) in itertools.product(GOALS, enumerate(("wall", "cpu"))):
         seconds: dict[str, list[float]] = {}
         capped: dict[str, bool] = {}
         for m in METHODS:
             mine = [row for row in rows if row["method"] == m]
             reached = [row[f"{clock}_to_{goal}"] for row in mine if row[f"{clock}_to_{goal}"] is not None]
-            seconds[m] = reached + [row[clock] for row in mine if row[f"{clock}_to_{goal}"] is None]
+            seconds[m] = reached + [row["curve"][-1][place] for row in mine if row[f"{clock}_to_{goal}"] is None]
             capped[m] = len(reached) < len(mine)
             if reached:
                 yield Figure(f"{m}-{goal}-{clock}", statistics.fmean(reached), "s", len(reached))

@@ -115,7 +115,7 @@ def test_model_without_derivative_is_refused(name):
 def study_rows(**seconds: tuple[float | None, ...]) -> str:
     """Rows of a study that was capped at 400 s, as its file holds them."""
     rows = [
-        {"method": m, "seed": k, "wall": 400.0, "cpu": 400.0}
+        {"method": m, "seed": k, "curve": [(400.0, 400.0, 1, 0.0)]}
         | {f"{clock}_to_{goal}": s for clock in ("wall", "cpu") for goal in (1000, 2000)}
         for m, mine in seconds.items()
         for k, s in enumerate(mine)

@@ -62,7 +62,8 @@ def test_targets_are_the_mixture_of_all_n_step_returns():
 
 
 def test_scale_of_observations_is_that_of_all_of_them():
-    parts = [torch.randn(n, 11, dtype=torch.float64) * 3.0 + 5.0 for n in (7, 1, 20)]
+    g = torch.Generator().manual_seed(3)
+    parts = [torch.randn(n, 11, generator=g, dtype=torch.float64) * 3.0 + 5.0 for n in (7, 1, 20)]
     scale = hopper.Scale(torch.zeros(11, dtype=torch.float64), torch.ones(11, dtype=torch.float64), 1e-9)
     for part in parts:
         scale = hopper.extended(scale, part)

@@ -125,7 +125,7 @@ def fit_lower_level(
         converged = bool(change <= tol)
         if not converged:
             message = (
-                f"fit_lower_level: the objective still fell by {100 * change:.1f} % in the last round or step of polish; "
+                f"fit_lower_level: the objective still fell by {100 * change:.1f} % in the last round or polish; "
                 "raise rounds, polish or tol"
             )
             if strict:

@@ -11,8 +11,8 @@ A row is one method and seed: for each goal the wall-clock and processor seconds
 it (null: not within the processor minutes of `--minutes`), the curve, settings, command, machine and versions.
 Processor seconds are what other jobs on the machine spoil least; they set the cap and when to judge. Resumable: a row
 that the file holds is skipped, unless it was capped earlier than asked. `--report` prints the bar from the rows: the
-ratio of means over seeds, and the spread of both. A run of PPO that was capped counts to its last judgement, so the ratio is
-then at most what is printed (`ratio-GOAL-at-most`); where a run of `gradients` was capped there is no ratio.
+ratio of means over seeds, and the spread of both. A run of PPO that was capped counts to its last judgement, so the
+ratio is then at most what is printed (`ratio-GOAL-at-most`); where a run of `gradients` was capped there is no ratio.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench,convex]"
-	for file in real_logs closed_loop sensitivity layers warp_rollouts mixed_gradients hypergradients inventory mujoco_gradients; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
+	for file in real_logs closed_loop sensitivity layers warp_rollouts mixed_gradients hypergradients inventory mujoco_gradients inversion design routing supply arm; do $(EXPORTS) $(BIN)/python benchmarks/$$file.py --json || exit 1; done
 
 # Training of hybrid policies (HPO, branches, PPO), and through MuJoCo against PPO: resumable, hours; rows to
 # benchmarks/results/hpo.json and mujoco_training.json
@@ -46,9 +46,11 @@ study-hpo study-mujoco: $(STAMP)
 study-hdpo: $(STAMP)
 	$(EXPORTS) $(BIN)/python benchmarks/study_hdpo.py $(ARGS)
 
-# Upper policies learned offline from inverted logs: resumable, about an hour; rows to benchmarks/results/ohio.json
+# Upper policies learned offline from inverted logs (reacher, supply chain, arm, vehicle routing): resumable, hours; rows
+# to benchmarks/results/ohio.json, ohio_supply.json, arm.json, ohio_routing.json
 study-ohio: $(STAMP)
-	$(EXPORTS) $(BIN)/python benchmarks/study_ohio.py $(ARGS)
+	for study in study_ohio study_supply "arm --run" study_routing; do \
+		set -- $$study; file=$$1; shift; $(EXPORTS) $(BIN)/python benchmarks/$$file.py "$$@" $(ARGS) || exit 1; done
 
 docs: $(STAMP)
 	$(EXPORTS) $(BIN)/python -m sphinx -W -b html docs docs/_build

@@ -19,7 +19,7 @@ fi
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 pip install -U pip "setuptools>=77,<81" wheel
 pip install -c constraints.txt torch numpy scipy
-pip install -c constraints.txt -e ".[dev,docs,mujoco,mujoco-warp,warp,convex,logs,rl]"
+pip install -c constraints.txt -e ".[dev,docs,mujoco,mujoco-warp,warp,convex,logs,rl,scip]"
 pip install -c constraints.txt pytest-xdist
 
 # theseus-ai builds against the installed torch and wants scikit-sparse 0.4 (0.5 needs a newer SuiteSparse and breaks it)

@@ -12,7 +12,7 @@ and is polished along the envelope gradient (Danskin), with exact solves and a l
 
     d eps_t / d theta_k = 1[theta_k'u_t > nu_k] u_t - z_kt u*_t,      d eps_t / d nu_k = z_kt - 1[theta_k'u_t > nu_k].
 
-Error bound: f is strongly convex with modulus 2 (ridge + lambda_min(R)), so |u*_t - u_t| <= sqrt(eps_t / (ridge +
+Error bound: f is strongly convex with modulus 2 (ridge + lambda_min(R)), so norm(u*_t - u_t) <= sqrt(eps_t / (ridge +
 lambda_min(R))). Corollary 1 of the paper (sqrt(lambda_min(R) / l)) lacks eps and grows with the curvature; it is wrong.
 Number of kinks: of experts strictly inside their inequalities the vectors P(c_t + 2 Q u_t), P the projector on ker B,
 must lie in the span of P theta_k for a gap of zero, so K is at least their rank; `kink_rank` also covers the others.
@@ -67,7 +67,7 @@ class LowerLevelFit:
     gap: Tensor
     """eps_t `[T]`, solved again exactly"""
     error: Tensor
-    """|u*_t - u_t| `[T]`"""
+    """`[T]`: distance of u*_t from u_t"""
     error_bound: Tensor
     """sqrt(eps_t / (ridge + lambda_min(R))) `[T]`"""
     plain_gap: Tensor
@@ -145,7 +145,7 @@ def fit_lower_level(
 
 
 def action_error_bound(cost: ReluCost, gap: Tensor) -> Tensor:
-    """Bound on |u* - u| of a feasible u whose cost is `gap` above the least: sqrt(gap / (ridge + lambda_min(R)))."""
+    """Bound on the distance of u from u*, of feasible u that cost `gap` more: sqrt(gap / (ridge + lambda_min(R)))."""
     least = cost.ridge
     if cost.curvature is not None:
         least += max(0.0, float(torch.linalg.eigvalsh(cost.curvature)[0]))

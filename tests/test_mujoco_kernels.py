@@ -7,6 +7,7 @@ numbers of about 1e3. Central differences at 1e-6 of a converged engine are good
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mujoco
@@ -190,6 +191,28 @@ def test_shared_arguments_and_threads_change_nothing() -> None:
         assert torch.equal(first, second)
         assert torch.equal(first, first[:1].expand_as(first))
     assert torch.equal(one[0], torch.zeros_like(one[0]))  # the base has no derivative
+
+
+def test_results_outlive_calls_of_other_sizes_and_other_threads() -> None:
+    """What is kept from call to call is never what an earlier call returned, nor in use by another thread."""
+    names = ("body_mass", "dof_damping")
+    made, x, y = point("eulerdamp", names)
+    fast, wanted = kernels(made, names, "eulerdamp"), (False, *(True for _ in x[1:]))
+
+    def products(rows: slice) -> tuple[Tensor, ...]:
+        x_, y_ = tuple(t[rows] for t in x), (y[0][rows], y[1][rows])
+        dx = (torch.zeros_like(x_[0]), *random_like(x_[1:], 1))
+        g = (random_like(y_[:1], 2)[0], torch.zeros_like(y_[0]))
+        (dy, _), (pulled, _) = fast.push(x_, dx, y_), fast.pull(x_, y_, g, wanted)
+        return (*dy, *pulled, *fast.second((x_, dx, y_, dy, g, g), (*wanted, *wanted))[0])
+
+    cuts = [slice(0, 13), slice(3, 4), slice(5, 12), slice(0, 3)]
+    kept = [products(cut) for cut in cuts]
+    copies = [[t.clone() for t in found] for found in kept]
+    with ThreadPoolExecutor(4) as pool:
+        again = list(pool.map(products, cuts * 10))
+    for k, found in enumerate([*again, *kept]):
+        assert all(torch.equal(one, two) for one, two in zip(found, copies[k % len(cuts)], strict=True))
 
 
 def test_no_environments_give_no_rows() -> None:

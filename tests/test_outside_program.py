@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("warp")
 
@@ -195,3 +197,83 @@ def test_forward_mode_through_constant_inputs_is_linear() -> None:
     x, dx = inputs(), inputs(seed=1)
     f = lambda function: jvp(lambda *d: jvp(function, x, d)[1], dx, inputs(seed=2))
     close(f(ours), f(formula))
+
+
+def _curved(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.sin().sum() for t in tensors]).sum()
+
+
+def _leaves() -> Inputs:
+    a, b, c = inputs()
+    return a.requires_grad_(), b.requires_grad_(), c.requires_grad_()
+
+
+def _pull_without_graph(f: Callable[..., Tensors]) -> object:
+    y, pull = vjp(f, *inputs())[:2]
+    with torch.no_grad():  # the level of vjp has ended, its saved tensors still carry it
+        return pull(y)
+
+
+def _transforms_without_graph(f: Callable[..., Tensors]) -> object:
+    x = inputs()
+    with torch.no_grad():
+        return hessian(loss(f), ALL)(*x), jvp(grad(loss(f), ALL), x, inputs(seed=1))
+
+
+def _value_without_graph_within_grad(f: Callable[..., Tensors]) -> object:
+    a, b, c = inputs()
+
+    def value(a: Tensor) -> Tensor:
+        with torch.no_grad():
+            held = f(a, b, c)[0]
+        return (held * f(a, b, c)[0]).sum()
+
+    return grad(value)(a), hessian(value)(a)
+
+
+def _loss_of_gradients_built_later(f: Callable[..., Tensors]) -> object:
+    x = _leaves()
+    y = loss(f)(*x)
+    plain = torch.autograd.grad(y, x, retain_graph=True)  # without a graph first, then with one
+    kept = torch.autograd.grad(y, x, create_graph=True)
+    (_curved(kept) + y**2).backward()
+    return plain, [t.grad for t in x]
+
+
+def _backward_after_vmap(f: Callable[..., Tensors]) -> object:
+    x = tuple(torch.stack([t, 2 * t]).requires_grad_() for t in inputs())
+    return torch.autograd.grad(_curved(vmap(f)(*x)), x)
+
+
+def _autograd_over_transform(f: Callable[..., Tensors]) -> object:
+    x = _leaves()
+    return torch.autograd.grad(_curved(grad(loss(f), ALL)(*x)), x)
+
+
+def _forward_mode_over_backward(f: Callable[..., Tensors]) -> object:
+    with forward_ad.dual_level():
+        x = tuple(forward_ad.make_dual(t, d) for t, d in zip(_leaves(), inputs(seed=1), strict=True))
+        return [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss(f)(*x), x)]
+
+
+def _double_backward_of_checkpoint(f: Callable[..., Tensors]) -> object:
+    x = _leaves()
+    first = torch.autograd.grad(checkpoint(loss(f), *x, use_reentrant=False), x, create_graph=True)
+    return torch.autograd.grad(_curved(first), x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _pull_without_graph,
+        _transforms_without_graph,
+        _value_without_graph_within_grad,
+        _loss_of_gradients_built_later,
+        _backward_after_vmap,
+        _autograd_over_transform,
+        _forward_mode_over_backward,
+        _double_backward_of_checkpoint,
+    ],
+)
+def test_no_graph_is_left_out_that_somebody_differentiates(use: Callable[[Callable[..., Tensors]], object]) -> None:
+    close(use(ours), use(formula))

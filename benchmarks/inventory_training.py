@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -119,7 +119,7 @@ def serial(lead_time: int, underage: float, recipe: Recipe = Recipe(batch=256, p
         f"serial/L{lead_time}-p{underage:g}",
         task,
         plain_order_policy(5.0),
-        _order_weights(sum(times), 4, seed),
+        _line_weights(times, seed),
         recipe,
         cost,
         partial(_policy_cost, task, echelon_stock_policy(times), {"level": torch.tensor(levels)}),
@@ -158,6 +158,18 @@ def warehouse(stores: int, recipe: Recipe, *, symmetric: bool, width: int = 512,
 
 def _order_weights(inputs: int, stocks: int, seed: int) -> Params:
     return network_weights({"order": (inputs, 32, 32, 32, stocks), "direct": (inputs, stocks)}, _seeded(seed))
+
+
+def _line_weights(times: Sequence[int], seed: int) -> Params:
+    """The direct path of every stock starts as its own base stock rule, for the mean demand of L + 1 periods.
+
+    From random directions the line is unstable, and training soon has a stock that is always asked for more than it
+    has: what the request exceeds is cut, so its derivative is 0 on every path and that stock never learns to hold.
+    """
+    weights = _order_weights(sum(times), len(times), seed)
+    own = torch.block_diag(*(torch.ones(1, time, dtype=torch.float64) for time in times))
+    # the policy adds the one period that is not in the bias
+    return weights | {"direct.0.weight": -own, "direct.0.bias": torch.tensor(times, dtype=torch.float64)}
 
 
 def _seeded(seed: int) -> torch.Generator:

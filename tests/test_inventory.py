@@ -20,7 +20,7 @@ from benchmarks.oracles.base_stock import (
 )
 from benchmarks.oracles.clark_scarf import clark_scarf
 from benchmarks.oracles.lost_sales import lost_sales_optimum
-from sim2real import Params, Policy, deterministic_policy, expected_return
+from sim2real import Params, Policy, deterministic_policy, expected_return, rollout
 from sim2real.bounds import default_params
 from sim2real.estimators import pathwise_gradient
 from sim2real.inventory_policies import (
@@ -314,6 +314,36 @@ def test_a_network_learns_one_store():
     best = mean_cost(task, base_stock_policy(), {"level": stack(level)}, test, ignore=20)
     gap = (mean_cost(task, policy, nu, test, ignore=20) - best) / optimum
     assert -0.01 < float(gap.mean()) < 0.03
+
+
+def test_a_line_starts_from_the_base_stock_rule_of_every_stock():
+    from benchmarks.inventory_training import serial
+
+    trial = serial(2, 4.0)
+    direct = {
+        key: torch.zeros_like(value) if key.startswith("order") else value for key, value in trial.weights.items()
+    }
+    # positions 4 below the mean demand of L + 1 periods (3, 4, 5, 3 of 5 units), then 4 above it
+    below = stack(*[3.0, 8.0], *[6.0, 5.0, 5.0], *[7.0, 4.0, 5.0, 5.0], *[1.0, 10.0])
+    above = below + 8 * torch.cat([torch.eye(width, dtype=torch.float64)[0] for width in (2, 3, 4, 2)])
+    orders = trial.policy.act(direct, torch.stack([below, above]), torch.zeros(2, 4))
+    # softplus_4 lies log(1 + exp(-4 * 0.8)) / 4 = 0.01 mean demands above its two lines there
+    torch.testing.assert_close(orders, stack(4.0, 0.0).unsqueeze(-1).expand(2, 4), atol=0.06, rtol=0.0)
+
+
+@pytest.mark.slow
+def test_no_stock_of_a_line_is_always_asked_for_more_than_it_has():
+    from benchmarks.inventory_training import Recipe, held_out, serial, trained
+
+    trial = serial(1, 4.0, Recipe(100, batch=64, paths=1024, periods=60))
+    nu, _seconds = trained(trial)
+    noise = held_out(trial, 50, 120)
+    theta = {key: value.float() for key, value in trial.task.theta.items()}
+    path = rollout(trial.task.mdp, trial.policy, theta, nu, noise)
+    on_hand = path.states[:, 40:-1, [1, 4, 8]]
+    # a stock whose whole request is cut in every period gets no derivative; the optimal rule's share is 0.5 at most
+    share = (path.actions[:, 40:, :3] > on_hand).double().mean((0, 1))
+    assert float(share.max()) < 0.9
 
 
 def test_a_network_that_is_not_there_is_named():

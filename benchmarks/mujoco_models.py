@@ -113,10 +113,7 @@ PAIRS = {
     "capsule-box": (True, ""),
     "box-box": (True, ""),
     "mesh-box": (True, ""),
-    "mesh-mesh": (
-        True,
-        "meshes are float32: where faces merge, the collider's normal is off its corners by 4e-8",
-    ),
+    "mesh-mesh": (True, ""),
     "sphere-cylinder": (True, ""),
     "ellipsoid-sphere": (False, "the collider's normals carry noise of 1e-8 to 2e-5"),
     "capsule-cylinder": (False, "the collider's normals carry noise of 1e-8 to 2e-5"),

@@ -17,7 +17,7 @@ Reference: mujoco_recipe 3; MuJoCo engine_util_spatial (mju_makeFrame).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -69,6 +69,8 @@ class Contacts:
     relative: RelativeContacts | None
     rows: Tensor
     """[N] place of each contact among the concatenated cores and relative contacts"""
+    shift: tuple[Tensor, Tensor, Tensor] | None
+    """distance [N], point and normal [N, 3] of MuJoCo less those of the functions, at the frozen poses"""
     order: int
     """how many derivatives of `contact_frames` are exact: 2, or 1 if any contact needs rule B or C"""
     first_order: tuple[str, ...]
@@ -102,8 +104,19 @@ def freeze_contacts(structure: Structure, env: int, data: mujoco.MjData) -> Read
 def contact_frames(structure: Structure, contacts: Contacts, poses: Poses) -> tuple[Tensor, Tensor, Tensor]:
     """Distance [N] m, point [N, 3] m and frame [N, 3, 3] (rows n, t1, t2) of all contacts at the poses.
 
-    Exact functions near the frozen poses: all derivatives under rule A, the first under rules B and C.
+    Exact functions near the frozen poses: all derivatives under rule A, the first under rules B and C. Their values
+    there are MuJoCo's own: its colliders stop at some tolerance (1e-8 m between meshes), which stiff contacts feel.
     """
+    dist, point, normal = _functions(contacts, poses)
+    if contacts.shift is not None:
+        dist, point, normal = (x + y for x, y in zip((dist, point, normal), contacts.shift, strict=True))
+        normal = normal / (normal * normal).sum(-1, keepdim=True).sqrt()
+    seed = (poses.rotation[contacts.env, contacts.seed_body] @ contacts.seed[..., None]).squeeze(-1)
+    return dist, point, _frame(normal, seed)
+
+
+def _functions(contacts: Contacts, poses: Poses) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance, point and normal of all contacts by the rules."""
     position, rotation = poses.position, poses.rotation
     parts = []
     for c in contacts.cores:
@@ -112,10 +125,9 @@ def contact_frames(structure: Structure, contacts: Contacts, poses: Poses) -> tu
     if contacts.relative is not None:
         parts.append(relative_frames(contacts.relative, position, rotation))
     if not parts:
-        return position.new_zeros(0), position.new_zeros(0, 3), position.new_zeros(0, 3, 3)
+        return position.new_zeros(0), position.new_zeros(0, 3), position.new_zeros(0, 3)
     dist, point, normal = (torch.cat(part)[contacts.rows] for part in zip(*parts, strict=True))
-    seed = (rotation[contacts.env, contacts.seed_body] @ contacts.seed[..., None]).squeeze(-1)
-    return dist, point, _frame(normal, seed)
+    return dist, point, normal
 
 
 def _frame(normal: Tensor, seed: Tensor) -> Tensor:
@@ -157,13 +169,29 @@ def join_contacts(structure: Structure, readings: Sequence[Reading]) -> Contacts
         cores=tuple(cores),
         relative=relative,
         rows=_long(place),
+        shift=None,
         order=1 if left.any() else 2,
         first_order=tuple(sorted({geom_names(model, g) for g in set(map(tuple, reading.geom[left].tolist()))})),
     )
     none = torch.zeros(0, dtype=torch.float64)
     frames = lambda position, rotation: contact_frames(structure, contacts, Poses(position, rotation, none, none))
     check_neighbours(model, table, reading, frames)
-    return contacts
+    return replace(contacts, shift=_shift(contacts, table, reading, model.nbody)) if number else contacts
+
+
+def _shift(contacts: Contacts, table: GeomTable, reading: Reading, nbody: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What MuJoCo found less what the rules give, at the poses that it was found at."""
+    position = np.zeros((int(reading.env.max()) + 1, nbody, 3))
+    rotation = np.zeros((*position.shape, 3))
+    turn = reading.rotation @ table.rotation[reading.geom].swapaxes(-1, -2)
+    where = reading.env[:, None], table.body[reading.geom]
+    rotation[where] = turn
+    position[where] = reading.position - (turn @ table.position[reading.geom][..., None]).squeeze(-1)
+    none = torch.zeros(0, dtype=torch.float64)
+    given = _functions(contacts, Poses(_real(position), _real(rotation), none, none))
+    found = reading.dist, reading.point, reading.frame[:, 0]
+    dist, point, normal = (_real(x) - y for x, y in zip(found, given, strict=True))
+    return dist, point, normal
 
 
 def _check_standing(model: mujoco.MjModel, table: GeomTable, reading: Reading) -> None:

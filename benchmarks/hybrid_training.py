@@ -58,6 +58,11 @@ class Recipe:
     target_kl: float = 0.015
     buffer: int = 0
     """steps: choices and actions of the last, and all that happens in the first, teach nothing"""
+    settle: bool = False
+    """weights held fixed in the first `buffer` steps too: where orders last tens of steps, a stock ordered there would
+    be held at no cost until they end"""
+    tail: int | None = None
+    """how many last steps teach nothing, where that is not `buffer`"""
     cut: int = 0
     """steps: a batch ends up to so many earlier, by chance; where orders lie far apart, one end would time them all"""
     cross_term: bool = True
@@ -152,20 +157,21 @@ def train(task: HybridTask, recipe: Recipe, *, seed: int = 0) -> Iterator[Progre
 
 
 def attached_rollout(
-    task: HybridTask, learner: Learner, noise: Noise, *, tail: int = 0, cross_term: bool = True
+    task: HybridTask, learner: Learner, noise: Noise, *, head: int = 0, tail: int = 0, cross_term: bool = True
 ) -> tuple[Rollout, Tensor]:
     """A rollout and log pi of all choices `[B, T, K]`, both with derivatives, the latter by the state if `cross_term`.
 
-    In the last `tail` steps the weights are held fixed: what earlier actions cause there counts, but no action whose
-    consequences the end cuts off (an order is paid when it arrives and of use only later).
+    In the first `head` and last `tail` steps the weights are held fixed: what earlier actions cause in the last counts,
+    but no action whose consequences the end cuts off (an order is paid when it arrives and of use only later).
     """
     policy, fixed = learner.policy, {key: value.detach() for key, value in learner.nu.items()}
     split = noise.process.shape[1] - tail
-    sections, mdp, log_probs = [(slice(0, split), learner.nu)], task.mdp, []
-    if tail:
-        sections.append((slice(split, None), fixed))
+    sections = ((slice(0, head), fixed), (slice(head, split), learner.nu), (slice(split, None), fixed))
+    mdp, log_probs = task.mdp, []
     paths: list[Rollout] = []
     for steps, nu in sections:
+        if not noise.process[:, steps].shape[1]:
+            continue
         part = Noise(noise.initial, noise.process[:, steps], noise.policy[:, steps])
         paths.append(rollout(mdp, policy, task.theta, nu, part))
         last = paths[-1].states[:, -1]
@@ -180,12 +186,13 @@ def attached_rollout(
 
 def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise, entropy: float) -> int:
     """Returns the number of periods simulated."""
-    path, log_probs = attached_rollout(task, learner, noise, tail=recipe.buffer, cross_term=recipe.cross_term)
+    head, tail = recipe.buffer if recipe.settle else 0, recipe.buffer if recipe.tail is None else recipe.tail
+    path, log_probs = attached_rollout(task, learner, noise, head=head, tail=tail, cross_term=recipe.cross_term)
     batch, horizon = path.rewards.shape
     old = log_probs.detach()
     detached = Rollout(path.states.detach(), path.actions.detach(), path.rewards.detach())
     features = critic_features(task, detached.states[:, :-1])
-    kept = slice(recipe.buffer, horizon - recipe.buffer)
+    kept = slice(recipe.buffer, horizon - tail)
     rows, share, bonus = torch.arange(horizon)[kept], 1.0, entropy
     if recipe.method == "branches":
         early = rows[: recipe.branch_before]
@@ -200,7 +207,7 @@ def hpo_update(task: HybridTask, recipe: Recipe, learner: Learner, noise: Noise,
         weights, target = torch.zeros_like(old), torch.zeros(batch, horizon)
         weights[:, rows] = pi * advantage / spread
         credit = weights.clone()
-        bonus = entropy * float(scale * spread) * len(early) / (horizon - 2 * recipe.buffer)
+        bonus = entropy * float(scale * spread) * len(early) / (horizon - recipe.buffer - tail)
         share = share / float(scale * spread)
         if recipe.response is not None:
             span = (to_go.amax(-1) - to_go.amin(-1)).square().mean().sqrt()

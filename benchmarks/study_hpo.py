@@ -73,8 +73,8 @@ def instances() -> Iterator[Instance]:
         yield Instance(f"jrp/{items}/branches", few, replace(HPO, **FEW), seeds=1)
         yield Instance(f"jrp/{items}/hpo", few, replace(HPO, **LONG), seeds=1)
     # some 50 periods lie between orders
-    heavy = FEW | {"epochs": 20, "rate": 3e-3, "buffer": 50, "cut": 100, "branch_times": 6}
-    yield Instance("jrp/2-nb/branches", partial(heavy_tail_task, 260), replace(HPO, **heavy), seeds=1)
+    heavy = FEW | {"epochs": 20, "rate": 3e-3, "buffer": 50, "settle": True, "tail": 100, "cut": 100, "branch_times": 6}
+    yield Instance("jrp/2-nb/branches", partial(heavy_tail_task, 310), replace(HPO, **heavy), seeds=2)
     yield Instance("lqr/16-2/ppo", partial(lqr_task, 16), PPO)
     yield Instance("lqr/3-2/branches", partial(lqr_task, 3), replace(BRANCHES, epochs=27))
     yield Instance("lqr/16-2/branches", partial(lqr_task, 16), BRANCHES)

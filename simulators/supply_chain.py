@@ -239,6 +239,9 @@ def _requests(action: Tensor) -> Tensor:
 
 def _executed(theta: Params, now: Stocks, action: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Shipments `[..., n]`, cut at what is left when a store's turn comes, and production `[...]`."""
+    stores = now.owed.shape[-1]
+    if action.shape[-1] != stores + 1:
+        raise ValueError(f"an action is {stores} shipments and the production, got {action.shape[-1]} entries")
     requests = _requests(action)
     turn = order.argsort(-1)
     asked = requests[..., :-1].gather(-1, turn)

@@ -38,7 +38,10 @@ SCALE = 0.01
 
 @dataclass(frozen=True)
 class RoutingScenario:
-    """A city of n stations, per step: everything but the requests drawn. T covers the episode and the lookahead."""
+    """A city of n stations, per step: everything but the requests drawn. T covers the episode and the lookahead.
+
+    Raises `ValueError` for shapes that do not fit and a T that is too small.
+    """
 
     rates: Tensor
     """`[T, n, n]` requests expected from i to j"""
@@ -58,6 +61,18 @@ class RoutingScenario:
     """of an episode"""
     minutes: float
     """of a step"""
+
+    def __post_init__(self) -> None:
+        n, horizon = len(self.fleet), self.steps + LOOKAHEAD
+        for name in ("rates", "prices", "trip_steps"):
+            shape = getattr(self, name).shape
+            if shape[1:] != (n, n) or shape[0] < horizon:
+                raise ValueError(
+                    f"'{name}' must be [T, {n}, {n}] with T of at least {horizon} ({self.steps} steps and "
+                    f"{LOOKAHEAD} of lookahead), got {list(shape)}"
+                )
+        if self.move_steps.shape != (n, n):
+            raise ValueError(f"'move_steps' must be [{n}, {n}], got {list(self.move_steps.shape)}")
 
     @property
     def stations(self) -> int:
@@ -281,11 +296,14 @@ def routing_rollout(
 ) -> RoutingRollout:
     """Run the episodes of `requests` `[B, steps, n, n]` under a policy that turns a fleet into flows `[B, n, n]`.
 
-    Raises `ValueError` for requests of another shape and for impossible flows (`move_vehicles`).
+    Raises `ValueError` for requests of another shape or not whole, and for impossible flows (`move_vehicles`).
     """
     n, steps = scenario.stations, scenario.steps
     if requests.shape[1:] != (steps, n, n):
         raise ValueError(f"requests must be [B, {steps}, {n}, {n}], got {list(requests.shape)}")
+    if not bool(((requests >= 0) & (requests == requests.round()) & torch.isfinite(requests)).all()):
+        raise ValueError("requests must be finite whole numbers of at least 0; draw_requests draws them from the rates")
+    requests = requests.to(scenario.fleet.dtype)
     state, first = match_trips(scenario, start_fleet(scenario, len(requests), lossy=lossy), requests[:, 0])
     rows: list[tuple[Tensor, ...]] = []
     for t in range(steps):

@@ -1,6 +1,5 @@
 """Solvers: linear systems, implicit derivatives, optima, least squares."""
 
-from sim2real.solvers.apportionment import largest_remainder
 from sim2real.solvers.bellman import (
     BellmanOptimum,
     discounted_visits,
@@ -20,15 +19,8 @@ from sim2real.solvers.convex import (
     derivative_error,
 )
 from sim2real.solvers.finite_horizon import finite_horizon_riccati
-from sim2real.solvers.flow_inverse import (
-    FlowInverse,
-    integer_target,
-    invert_flows,
-    recover_target,
-    recover_target_from_edges,
-    target_shares,
-)
-from sim2real.solvers.flow_program import FlowProgram, Flows, flow_program, rebalance_flows
+from sim2real.solvers.flow_inverse import integer_target, invert_flows, target_shares
+from sim2real.solvers.flow_program import flow_program, rebalance_flows
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.inverse_optimization import (
     Experts,
@@ -55,13 +47,7 @@ from sim2real.solvers.inversion_smoothing import block_tridiagonal_solve, invert
 from sim2real.solvers.krylov import gmres, minres
 from sim2real.solvers.least_squares import Minimum, Objective, QuadraticModel, least_squares, levenberg_marquardt
 from sim2real.solvers.linear import cg, dense
-from sim2real.solvers.linear_program import (
-    LinearOptimum,
-    LinearProgram,
-    RightHandSide,
-    invert_right_hand_side,
-    solve_linear_program,
-)
+from sim2real.solvers.linear_program import LinearProgram, invert_right_hand_side, solve_linear_program
 from sim2real.solvers.mpc import MPCPlan, condensed_mpc, mpc_policy
 from sim2real.solvers.mpc_report import MPCReport, mpc_report
 from sim2real.solvers.neumann import neumann
@@ -72,15 +58,8 @@ from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.relinearised import relinearised_gains
 from sim2real.solvers.relu_program import ReluCost, ReluSolution, relu_cost, relu_program, suboptimality
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
-from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, ShippingSchedule, plan_shipments
-from sim2real.solvers.shipping_program import (
-    ShippingGoals,
-    ShippingLimits,
-    ShippingPlan,
-    invert_shipments,
-    ship,
-    shipping_goals,
-)
+from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, plan_shipments
+from sim2real.solvers.shipping_program import ShippingLimits, invert_shipments, ship, shipping_goals
 from sim2real.solvers.smooth_qp import smooth_qp
 from sim2real.solvers.soft_follower import SoftFollower, soft_q_learning, soft_value_iteration
 from sim2real.solvers.soft_lqr import SoftLQR, linear_noise_policy, soft_lqr
@@ -94,13 +73,9 @@ __all__ = [
     "DerivativeError",
     "DerivativeWarning",
     "Experts",
-    "FlowInverse",
-    "FlowProgram",
-    "Flows",
     "GlobalFit",
     "InfeasibleError",
     "Inversion",
-    "LinearOptimum",
     "LinearProgram",
     "LowerLevelFit",
     "MPCPlan",
@@ -115,11 +90,7 @@ __all__ = [
     "QuadraticModel",
     "ReluCost",
     "ReluSolution",
-    "RightHandSide",
-    "ShippingGoals",
     "ShippingLimits",
-    "ShippingPlan",
-    "ShippingSchedule",
     "SoftFollower",
     "SoftLQR",
     "Spectrum",
@@ -158,7 +129,6 @@ __all__ = [
     "invert_right_hand_side",
     "invert_shipments",
     "kink_rank",
-    "largest_remainder",
     "least_squares",
     "least_squares_layer",
     "levenberg_marquardt",
@@ -182,8 +152,6 @@ __all__ = [
     "q_values",
     "qp",
     "rebalance_flows",
-    "recover_target",
-    "recover_target_from_edges",
     "relinearised_gains",
     "relu_cost",
     "relu_program",

@@ -21,8 +21,8 @@ def largest_remainder(share: Tensor, total: Tensor) -> Tensor:
     weight = share.sum(-1)
     if not bool((share >= 0).all() and (weight > 0).all() and torch.isfinite(weight).all()):
         raise ValueError("shares must be finite and non-negative, with a positive sum in every row")
-    if not bool(((total >= 0) & (total == torch.round(total))).all()):
-        raise ValueError("totals must be whole and non-negative, as many as units are to be shared out")
+    if not bool(((total >= 0) & (total == torch.round(total)) & torch.isfinite(total)).all()):
+        raise ValueError("totals must be finite, whole and non-negative, as many as units are to be shared out")
     exact = share / weight.unsqueeze(-1) * total.unsqueeze(-1)
     floor = torch.floor(exact)
     # a remainder of 1 - rounding error is a whole unit: it comes first, and so gets its unit back

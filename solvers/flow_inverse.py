@@ -62,7 +62,8 @@ def recover_target_from_edges(idle: Tensor, edges: Tensor, flows: Tensor) -> Ten
 def target_shares(target: Tensor) -> Tensor:
     """`u = t / sum t` `[B, n]`; uniform where there is nothing to share."""
     total = target.sum(-1, keepdim=True)
-    return torch.where(total > 0, target / total.clamp(min=1), torch.full_like(target, 1 / target.shape[-1]))
+    shares = target / total.clamp(min=1)
+    return torch.where(total > 0, shares, torch.full_like(shares, 1 / target.shape[-1]))
 
 
 def integer_target(
@@ -71,25 +72,30 @@ def integer_target(
     """Whole targets `[B, n]` from shares that sum to 1 and the number of vehicles `[B]`.
 
     "largest_remainder" hands out every vehicle and gives back the targets that `target_shares` came from; "floor" is
-    what the public implementation does. Raises `ValueError` for shares that are negative or do not sum to 1 (1e-4).
+    what the public implementation does. Raises `ValueError` for shares that are negative or do not sum to 1 (1e-4) and
+    for totals that are not whole.
     """
     if not bool((shares >= 0).all() and ((shares.sum(-1) - 1).abs() <= 1e-4).all()):
         raise ValueError(
             f"shares must be at least 0 and sum to 1; got a least share of {float(shares.min()):g} "
             f"and sums from {float(shares.sum(-1).min()):g} to {float(shares.sum(-1).max()):g}"
         )
-    if rounding == "floor":
-        return torch.floor(shares.double() * total.double().unsqueeze(-1))
-    return largest_remainder(shares.double(), total.double())
+    whole = largest_remainder(shares.double(), total.double())  # checks the totals
+    return whole if rounding == "largest_remainder" else torch.floor(shares.double() * total.double().unsqueeze(-1))
 
 
 def invert_flows(program: FlowProgram, idle: Tensor, flows: Tensor) -> FlowInverse:
     """The targets of logged flows `[B, n, n]` from `idle` `[B, n]`, and whether the flows are the cheapest for them.
 
-    Raises `ValueError` for flows that are negative, use no edge of the program or more than the idle vehicles.
+    Raises `ValueError` for other shapes and for flows that are negative or fractional, use no edge of the program or
+    more than the idle vehicles.
     """
     cost = torch.from_numpy(program.cost).to(idle.device)
     n = len(cost)
+    if idle.shape[1:] != (n,) or flows.shape != (len(idle), n, n):
+        raise ValueError(
+            f"idle must be [B, {n}] and flows [B, {n}, {n}], got {list(idle.shape)} and {list(flows.shape)}"
+        )
     stay = torch.eye(n, dtype=torch.bool, device=idle.device)
     moved = flows.double() * ~stay
     kept = idle.double() - moved.sum(-1)
@@ -98,6 +104,8 @@ def invert_flows(program: FlowProgram, idle: Tensor, flows: Tensor) -> FlowInver
             "flows must be at least 0, sum to at most the idle vehicles of each station and use edges of the program; "
             f"got a least flow of {float(moved.min()):g} and {float(kept.min()):g} vehicles left at the worst station"
         )
+    if not bool((moved == moved.round()).all() and (kept == kept.round()).all()):
+        raise ValueError("idle vehicles and flows must be whole numbers")
     used = (moved + torch.diag_embed(kept)) > 0
     size = max(1, CHUNK // n**3)
     found = [_potentials(cost, part) for part in used.split(size)]
@@ -114,16 +122,17 @@ def invert_flows(program: FlowProgram, idle: Tensor, flows: Tensor) -> FlowInver
 
 def _potentials(cost: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """optimal `[b]`, a and pi `[b, n]` from which edges `[b, n, n]` carry vehicles."""
-    scale = float(cost[torch.isfinite(cost)].max().clamp(min=1))
+    scale = float(cost[torch.isfinite(cost)].max())
     paid = torch.where(used, cost, -torch.inf)  # c_kj where f_kj > 0
     # D_ik = min_j (c_ij - c_kj): unused j are worth inf
-    D = (cost.unsqueeze(-2) - paid.unsqueeze(-3)).nan_to_num(nan=torch.inf).amin(-1)
+    D = (cost.unsqueeze(-2) - paid.unsqueeze(-3)).amin(-1)
     for k in range(D.shape[-1]):
         # a negative cycle doubles its length at every turn: bounded, it stays negative
         D = torch.minimum(D, D[..., k : k + 1] + D[..., k : k + 1, :]).clamp(min=-1e6 * scale)
     optimal = (D.diagonal(dim1=-2, dim2=-1) >= -TOLERANCE * scale).all(-1)
     a = D.amin(-2)
     pi = (a.unsqueeze(-1) + cost).amin(-2)
+    pi = torch.where(pi < torch.inf, pi, 0.0)  # stations that no vehicle can reach
     # stations without vehicles bind nothing: the least potential that their edges allow
     least = (pi.unsqueeze(-2) - cost).amax(-1)
     return optimal, torch.where(used.any(-1), a, least), pi

@@ -17,9 +17,9 @@ triangle inequality (`FlowProgram.direct`), every way is one move and nothing ca
 Many rows are one block-diagonal program, large rows are solved with few columns at first, others added while their
 reduced cost is negative. HiGHS (dual simplex) through `scipy.optimize.linprog`.
 
-Equal costs leave several optima. `tie_break` makes the answer unique without ever preferring a dearer one: costs that
-are whole multiples of a unit are raised by distinct fractions of it, so small that they cannot add up to one unit along
-the 2n edges of a cycle. The inverse is in `flow_inverse`.
+Equal costs leave several optima. `tie_break` makes the answer unique (to HiGHS's 1e-7) and never a dearer one: costs
+that are whole multiples of a unit are raised by distinct fractions of it, so small that they cannot add up to one unit
+along the 2n edges of a cycle. The inverse is in `flow_inverse`.
 """
 
 from __future__ import annotations
@@ -131,11 +131,13 @@ def rebalance_flows(program: FlowProgram, idle: Tensor, target: Tensor, *, slack
 
     `slack`: cost of every vehicle wanted that nobody brings (the targets may then ask for more than there are); None:
     `InfeasibleError` names the first row that asks for too much. Raises `ValueError` for shapes, negative or fractional
-    numbers.
+    numbers, and a `slack` that is not positive.
     """
     have, want = (_whole(values, name, len(program.cost)) for values, name in ((idle, "idle"), (target, "target")))
     if have.shape != want.shape:
         raise ValueError(f"idle {list(have.shape)} and target {list(want.shape)} must have one shape")
+    if slack is not None and not 0 < slack < np.inf:
+        raise ValueError(f"slack is the cost of a vehicle that nobody brings, above 0 and finite; got {slack:g}")
     wanting = np.flatnonzero(want.sum(-1) > have.sum(-1))
     if slack is None and len(wanting):
         row = int(wanting[0])
@@ -161,8 +163,8 @@ def _whole(values: Tensor, name: str, n: int) -> Array:
     array = values.detach().cpu().double().numpy()
     if array.ndim != 2 or array.shape[1] != n:
         raise ValueError(f"{name} must be [B, {n}], got {list(values.shape)}")
-    if not ((array >= 0) & (array == np.rint(array))).all():
-        raise ValueError(f"{name} must be whole numbers of at least 0; round shares with integer_target")
+    if not ((array >= 0) & (array == np.rint(array)) & np.isfinite(array)).all():
+        raise ValueError(f"{name} must be finite whole numbers of at least 0; round shares with integer_target")
     return array
 
 
@@ -188,7 +190,10 @@ def _priced_out(
     """Whole flows of the edges (origin, goal, price): few columns first, then all whose reduced cost is negative."""
     origin, goal, price = edges
     chosen = np.ones(len(price), dtype=bool) if len(price) <= 2 * BLOCK else _cheapest(edges, price)
-    dear = 2 * (price.max(initial=0.0) + 1) * (len(supply) + len(demand)) if slack is None else slack
+    # HiGHS's tolerances are absolute: small costs in units of the largest
+    unit = min(1.0, price.max(initial=0.0)) or 1.0
+    price = price / unit
+    dear = 2 * (price.max(initial=0.0) + 1) * (len(supply) + len(demand)) if slack is None else slack / unit
     m, flow = len(demand), np.zeros(len(price))
     while True:
         index = np.flatnonzero(chosen)

@@ -64,8 +64,11 @@ class ShippingSchedule:
 def plan_shipments(costs: PlanCosts, start: PlanStart, demand: Tensor) -> ShippingSchedule:
     """Solve the program for demands `[B, n, H]`.
 
-    Raises `ValueError` for shapes that do not fit, `RuntimeError` where HiGHS stops without an optimum.
+    Raises `ValueError` for shapes that do not fit and data that are not finite, `RuntimeError` where HiGHS stops
+    without an optimum (a negative demand).
     """
+    if demand.ndim != 3 or not demand.numel():
+        raise ValueError(f"demand must be [B, n, H] and not empty, got {list(demand.shape)}")
     rows, stores, periods = demand.shape
     if start.stock.shape != (rows, stores) or start.owed.shape != (rows, stores) or start.available.shape != (rows,):
         raise ValueError(
@@ -77,7 +80,9 @@ def plan_shipments(costs: PlanCosts, start: PlanStart, demand: Tensor) -> Shippi
     per_period = 3 + 5 * stores
     size = max(1, BLOCK // (per_period * periods))
     matrix, limits = _balances(stores, periods), _limits(stores, periods)
-    right = _right_hand_side(start, demand).numpy()
+    right = _right_hand_side(start, demand).detach().cpu().numpy()
+    if not np.isfinite(right).all():
+        raise ValueError("demand, stock, owed and available must be finite")
     solved = [_solve(costs, matrix, limits, block) for block in np.split(right, range(size, rows, size))]
     x = torch.from_numpy(np.concatenate([each[0] for each in solved])).reshape(rows, periods, per_period).to(demand)
     profit = torch.from_numpy(np.concatenate([each[1] for each in solved])).to(demand)
@@ -157,6 +162,6 @@ def _solve(
         method="highs-ds",
     )
     if not result.success:
-        raise RuntimeError(f"HiGHS found no plan: {result.message}; are all data finite?")
+        raise RuntimeError(f"HiGHS found no plan: {result.message}")
     x = result.x.reshape(rows, -1)
     return x, -(x @ price)

@@ -52,6 +52,11 @@ class ShippingLimits:
             value = getattr(self, name)
             if not bool((value == torch.round(value)).all()):
                 raise ValueError(f"'{name}' must be whole numbers of units; round it first")
+            if name in ("available", "room") and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"'{name}' must be finite; a large whole number stands for no limit")
+            if name not in ("available", "room") and value.shape not in ((), self.available.shape):
+                size = len(self.available)
+                raise ValueError(f"'{name}' must be a scalar or [{size}], got {list(value.shape)}")
             if name != "room" and bool((value < 0).any()):
                 raise ValueError(f"'{name}' must not be negative, got {float(value.min()):.6g}")
 
@@ -115,6 +120,8 @@ def invert_shipments(limits: ShippingLimits, shipments: Tensor, production: Tens
     Flows are optimal for some goals exactly where they are for themselves as goals: deviation 0 is then the least.
     Raises `ValueError` as `ship` does, and for flows beyond what was available.
     """
+    if shipments.shape != limits.room.shape:
+        raise ValueError(f"shipments must be {tuple(limits.room.shape)}, got {tuple(shipments.shape)}")
     sent = shipments.sum(-1)
     if bool((shipments < 0).any() or (sent > limits.available).any()):
         rows = int(((sent > limits.available) | (shipments < 0).any(-1)).sum())

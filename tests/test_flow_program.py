@@ -9,16 +9,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from sim2real.solvers import (
-    InfeasibleError,
-    flow_program,
-    integer_target,
-    invert_flows,
-    rebalance_flows,
-    recover_target,
-    recover_target_from_edges,
-    target_shares,
-)
+from sim2real.solvers import InfeasibleError, flow_program, integer_target, invert_flows, rebalance_flows, target_shares
+from sim2real.solvers.flow_inverse import recover_target, recover_target_from_edges
 from sim2real.solvers.linear_program import LinearProgram, invert_right_hand_side
 
 
@@ -155,12 +147,12 @@ def test_wasteful_flows_are_named_with_what_they_waste() -> None:
     assert bool(found.goal_potential[~found.optimal].isnan().all())
 
     origin, goal = np.nonzero(~np.eye(n, dtype=bool))
-    rows, k = np.zeros((2 * n, len(origin))), np.arange(len(origin))
-    rows[goal, k] += 1
-    rows[origin, k] -= 1
-    rows[n + origin, k] = -1
+    rows, edge = np.zeros((2 * n, len(origin))), np.arange(len(origin))
+    rows[goal, edge] += 1
+    rows[origin, edge] -= 1
+    rows[n + origin, edge] = -1
     general = LinearProgram(
-        cost.numpy()[origin, goal], scipy.sparse.csr_array(rows), np.zeros(2 * n, bool), np.full(len(k), np.inf)
+        cost.numpy()[origin, goal], scipy.sparse.csr_array(rows), np.zeros(2 * n, bool), np.full(len(edge), np.inf)
     )
     known = torch.cat([torch.full((60, n), torch.nan), -idle], 1)
     other = invert_right_hand_side(general, flows[:, origin, goal], known)
@@ -206,3 +198,47 @@ def test_failures_say_what_is_wrong() -> None:
         invert_flows(program, ones, torch.full((1, 3, 3), 2.0))
     with pytest.raises(ValueError, match="sum to 1"):
         integer_target(torch.ones(1, 3), torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e-3, 1e5])
+def test_the_unit_of_the_costs_does_not_matter(unit: float) -> None:
+    """HiGHS's tolerances are absolute: unscaled, costs of 1e-8 give flows that cost half as much again."""
+    cost = cities(9, 3, rounded=False)
+    idle, target = fleets(9, 20, 4)
+    least = rebalance_flows(flow_program(cost), idle, target)
+    found = rebalance_flows(flow_program(unit * cost), idle, target)
+    torch.testing.assert_close(found.cost / unit, least.cost, rtol=1e-9, atol=0)
+    other = rebalance_flows(flow_program(cost.flip(0, 1)), idle, target).flows  # cheapest elsewhere
+    here, scaled = (invert_flows(flow_program(u * cost), idle, other) for u in (1.0, unit))
+    assert scaled.optimal.tolist() == here.optimal.tolist()
+    assert 0 < int(here.optimal.sum()) < 20
+
+
+def test_potentials_of_stations_out_of_reach_are_finite() -> None:
+    cost = torch.tensor([[0.0, 1, torch.inf], [1, 0, torch.inf], [torch.inf, torch.inf, 0]]).double()
+    flows = torch.zeros(1, 3, 3).double()
+    flows[0, 0, 1] = 3.0
+    found = invert_flows(flow_program(cost), torch.tensor([[4.0, 0, 0]]).double(), flows)
+    assert float((found.goal_potential * found.target).sum() - 4 * found.origin_potential[0, 0]) == 3.0
+    assert float(found.goal_potential.abs().max()) <= 1.0
+    assert bool((found.goal_potential[0] - found.origin_potential[0].unsqueeze(-1) <= cost).all())
+
+
+def test_what_is_not_whole_is_refused() -> None:
+    program, ones = flow_program(cities(3, 0, rounded=True)), torch.ones(1, 3).double()
+    with pytest.raises(ValueError, match="finite whole"):
+        rebalance_flows(program, torch.inf * ones, ones)
+    for slack in (-1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="slack is the cost"):
+            rebalance_flows(program, ones, 2 * ones, slack=slack)
+    half = torch.zeros(1, 3, 3).double()
+    half[0, 0, 1] = 0.5
+    with pytest.raises(ValueError, match="whole numbers"):
+        invert_flows(program, ones, half)
+    with pytest.raises(ValueError, match=r"flows \[B, 3, 3\]"):
+        invert_flows(program, ones, torch.zeros(4, 3, 3))
+    for total in (torch.inf, torch.nan, 2.5):
+        for rounding in ("largest_remainder", "floor"):
+            with pytest.raises(ValueError, match="totals must be finite"):
+                integer_target(ones / 3, torch.tensor([total]), rounding=rounding)
+    assert target_shares(torch.zeros(1, 4, dtype=torch.long)).tolist() == [[0.25] * 4]  # integers, too

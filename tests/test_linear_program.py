@@ -95,3 +95,43 @@ def test_failures_say_what_is_wrong() -> None:
         invert_right_hand_side(program, torch.tensor([[0.0] * 9, [21.0] * 9]), torch.full((2, 5), torch.nan))
     with pytest.raises(ValueError, match="cost and high must"):
         LinearProgram(program.cost[:3], program.rows, program.equal, program.high)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e5])
+def test_the_unit_of_the_costs_does_not_matter(unit: float) -> None:
+    program = random_program(2)
+    scaled = LinearProgram(unit * program.cost, program.rows, program.equal, program.high)
+    b = right_hand_sides(program, 30, 2)
+    least, found = solve_linear_program(program, b), solve_linear_program(scaled, b)
+    torch.testing.assert_close(found.cost / unit, least.cost, rtol=1e-7, atol=0)
+    torch.testing.assert_close((found.dual * b).sum(-1) / unit, (least.dual * b).sum(-1), rtol=1e-7, atol=1e-7)
+    dearer = LinearProgram(program.cost[::-1].copy(), program.rows, program.equal, program.high)
+    other, unknown = solve_linear_program(dearer, b).x, torch.full_like(b, torch.nan)
+    here, there = (invert_right_hand_side(each, other, unknown).optimal.tolist() for each in (program, scaled))
+    assert here == there
+    assert not all(here)
+
+
+def test_decisions_in_float32_are_those_of_the_program() -> None:
+    """Their rounding is no waste and breaks no known row."""
+    program = random_program(6)
+    b = right_hand_sides(program, 40, 6)
+    found = invert_right_hand_side(program, solve_linear_program(program, b).x.float(), b)
+    assert bool(found.optimal.all())
+
+
+def test_data_that_say_nothing_are_refused() -> None:
+    program = random_program(1)
+    b = right_hand_sides(program, 3, 1)
+    for wrong in (b[:0], torch.nan * b, torch.inf * b):
+        with pytest.raises(ValueError, match="not empty and finite"):
+            solve_linear_program(program, wrong)
+    for x, known in ((torch.full((3, 9), torch.nan), b), (torch.zeros(3, 9), -torch.inf * torch.ones(3, 5))):
+        with pytest.raises(ValueError, match="finite or NaN"):
+            invert_right_hand_side(program, x, known)
+    with pytest.raises(ValueError, match="equal must be bool"):
+        LinearProgram(program.cost, program.rows, program.equal.astype(int), program.high)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        LinearProgram(np.nan * program.cost, program.rows, program.equal, program.high)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        LinearProgram(program.cost, program.rows, program.equal, -program.high)

@@ -170,6 +170,12 @@ def test_failures_name_what_is_wrong() -> None:
         ship(limits, torch.ones(1, 2), one)
     with pytest.raises(ValueError, match="finite"):
         ship(limits, torch.full((1, 3), torch.nan), one)
+    with pytest.raises(ValueError, match="'room' must be finite"):
+        ShippingLimits(one, torch.full((1, 3), torch.inf), one, one)
+    with pytest.raises(ValueError, match=r"scalar or \[4\]"):  # would broadcast to [4, 4]
+        ShippingLimits(torch.ones(4), torch.ones(4, 3), torch.ones(4, 1), torch.ones(4))
+    with pytest.raises(ValueError, match="shipments must be"):
+        invert_shipments(limits, torch.ones(2, 3), one)
     with pytest.raises(ValueError, match="1 rows"):
         invert_shipments(limits, torch.ones(1, 3), one)
     with pytest.raises(ValueError, match="shares"):

@@ -322,5 +322,15 @@ def test_failures_name_what_is_wrong() -> None:
         plan_shipments(costs, start, torch.zeros(1, 2, 4))
     with pytest.raises(ValueError, match="3 entries"):
         plan_shipments(costs, PlanStart(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2)), torch.zeros(1, 2, 4))
+    for wrong in (torch.full((1, 3, 2), torch.nan), torch.full((1, 3, 2), torch.inf)):
+        with pytest.raises(ValueError, match="must be finite"):
+            plan_shipments(costs, start, wrong)
+    with pytest.raises(ValueError, match="not empty"):
+        plan_shipments(costs, start, torch.zeros(1, 3, 0))
+    theta, mdp = theta_of(three_stores()), supply_chain(three_stores())
+    state = mdp.initial_state(theta, torch.zeros(1, 3).double())
+    for entries in (3, 5):
+        with pytest.raises(ValueError, match="3 shipments and the production"):
+            mdp.step(theta, state, torch.zeros(1, entries).double(), torch.zeros(1, 6).double())
     with pytest.raises(RuntimeError, match="HiGHS"):
         plan_shipments(costs, start, torch.full((1, 3, 2), -100.0))

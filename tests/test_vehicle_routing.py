@@ -1,6 +1,7 @@
 """Vehicle routing: the simulator against a plain loop over dictionaries, against programs and counts; real data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ from sim2real.simulators.vehicle_routing import (
     routing_rollout,
     start_fleet,
 )
-from sim2real.solvers import integer_target, invert_flows, rebalance_flows, recover_target, target_shares
+from sim2real.solvers import integer_target, invert_flows, rebalance_flows, target_shares
+from sim2real.solvers.flow_inverse import recover_target
 
 SETTINGS = RoutingSettings(start_hour=8, minutes=5, demand=2.0, cost_per_minute=0.4, steps=5)
 N = 4
@@ -311,3 +313,19 @@ def test_equal_shares_are_no_worse_steered_than_floored(here: RoutingScenario) -
     share = lambda state: torch.tensor([[0.33, 0.33, 0.33, 0.01]]).double()
     reached = recover_target(state.idle, steered(here, share)(state))
     assert reached.tolist() == [[27.0, 26.0, 26.0, 1.0]]
+
+
+def test_requests_and_cities_that_do_not_fit_are_refused(here: RoutingScenario) -> None:
+    stay = lambda state: torch.zeros(len(state.idle), N, N)
+    drawn = draw_requests(here, 2, torch.Generator().manual_seed(0))
+    for wrong in (drawn + 0.5, -drawn - 1, torch.nan * drawn):
+        with pytest.raises(ValueError, match="whole numbers of at least 0"):
+            routing_rollout(here, wrong, stay)
+    # other types of whole numbers are
+    assert torch.equal(routing_rollout(here, drawn.int(), stay).returns, routing_rollout(here, drawn, stay).returns)
+    with pytest.raises(ValueError, match="at least 11"):  # five steps and six of lookahead
+        replace(here, rates=here.rates[:10])
+    with pytest.raises(ValueError, match="'prices' must be"):
+        replace(here, prices=here.prices[:, :3])
+    with pytest.raises(ValueError, match="'move_steps' must be"):
+        replace(here, move_steps=here.move_steps[:3])

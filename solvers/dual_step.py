@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     force: Tensor
     """M (c_t + 2 Q u_t) `[T, r]`"""
     slack: Tensor
-    """h_t - H u_t `[T, q]`, >= 0; inf becomes a row that is absent"""
+    """h_t - H u_t `[T, q]`, >= 0, cut where more changes nothing"""
     M: Tensor
     """`[r, m]`: M'M = N (N'Q N)^-1 N', N an orthonormal basis of ker B"""
     L: Tensor

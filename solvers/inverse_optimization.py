@@ -161,9 +161,11 @@ def kink_rank(experts: Experts, *, ridge: float, curvature: Tensor | None = None
     """
     experts = check_experts(experts)
     none = experts.actions.new_zeros(0, experts.actions.shape[-1])
-    falls = _falls(experts, ReluCost(none, none[:, 0], ridge, curvature))
-    values = torch.linalg.svdvals(falls)
-    return int((values > tol * values[0]).sum()) if float(values[0]) > 0 else 0
+    plain = ReluCost(none, none[:, 0], ridge, curvature)
+    values = torch.linalg.svdvals(_falls(experts, plain))
+    gradient = experts.c + 2 * experts.actions @ quadratic(plain, experts.actions)
+    floor = _FEASIBLE * float(gradient.norm())  # experts that need no kinks leave the rounding of their log
+    return int((values > max(tol * float(values[0]), floor)).sum())
 
 
 def _falls(experts: Experts, plain: ReluCost) -> Tensor:
@@ -181,13 +183,20 @@ def prepare(experts: Experts, Q: Tensor) -> Pairs:
     u, (p, m) = experts.actions, experts.B.shape
     _, values, V = torch.linalg.svd(experts.B) if p else (None, u.new_zeros(0), torch.eye(m).to(u))
     rank = int((values > 1e-10 * values[:1].clamp_min(1e-300)).sum())
+    if rank == m:
+        raise ValueError(f"B has rank {rank}: the goal fixes all {m} actions, and a lower level has nothing to learn")
     N = V[rank:].mT
     M = torch.linalg.cholesky(torch.linalg.inv(N.mT @ Q @ N)).mT @ N.mT
     scale = u.square().sum(-1).mean().sqrt().clamp_min(1e-6)
+    force, L = (experts.c + 2 * u @ Q) @ M.mT, M @ experts.H.mT
     slack = (experts.h - u @ experts.H.mT).clamp_min(0)
-    slack = torch.where(slack.isinf(), 1e6 * (1 + slack[slack.isfinite()].sum()), slack)
+    if not slack.shape[-1]:  # one row that binds nothing
+        slack, L = slack.new_ones(len(u), 1), L.new_zeros(len(L), 1)
+    # At the optimum norm(r_t)^2 <= sum_t norm(force_t)^2, four times the value at p = lambda = 0, and lambda_q > 0 only
+    # where slack_q = -r'L_q / 2: no row of more slack than this has a multiplier, however much more it has.
+    enough = (force.norm() * L.norm(dim=0).amax()).clamp_min(1.0)
     features = torch.cat([u, -scale.expand(len(u), 1)], -1)
-    return Pairs(features, (experts.c + 2 * u @ Q) @ M.mT, slack, M, M @ experts.H.mT)
+    return Pairs(features, force, torch.minimum(slack, enough), M, L)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import cvxpy
 import numpy as np
@@ -246,3 +247,34 @@ def test_the_committed_tasks_reach_their_bars() -> None:
     assert figures["error-ratio"] <= 0.5
     assert figures["gap-vehicles"] >= 65
     assert figures["gap-inventory"] >= 50
+
+
+def test_limits_that_are_never_reached_change_nothing() -> None:
+    """Rows far away, infinitely far or absent leave the fit as it is."""
+    experts, plain = _loose_experts()
+    tried = [replace(experts, h=torch.full_like(experts.h, far)) for far in (1e2, 1e4, 1e6, math.inf)]
+    tried.append(replace(experts, H=experts.H[:0], h=experts.h[:, :0]))
+    fits = [fit_lower_level(e, ridge=0.3, terms=2, rounds=8, tol=1.0) for e in tried]
+    # a local optimum after 8 rounds, the same for all; far rows once dominated the interior point
+    gaps = [float(fit.gap.sum()) for fit in fits]
+    assert max(gaps) < 1.05 * min(gaps)
+    assert max(gaps) < 0.02 * float(fits[0].plain_gap.sum())
+    assert kink_rank(replace(experts, actions=plain), ridge=0.3) == 0  # those need no kinks
+
+
+def test_a_goal_that_fixes_the_action_is_refused() -> None:
+    u, eye = torch.zeros(3, 2), torch.eye(2)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        fit_lower_level(Experts(u, torch.ones(3, 2), eye, u, eye, torch.ones(3, 2)), ridge=0.3, terms=1)
+
+
+def _loose_experts() -> tuple[Experts, Tensor]:
+    """Experts of two kinks, never at a limit, and the actions they would take without kinks."""
+    rng = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=F64)
+    B, c, b = normal(1, 4), normal(12, 4), 0.1 * normal(12, 1)
+    eye = torch.eye(4, dtype=F64)
+    H, h = torch.cat([eye, -eye]), torch.full((12, 8), 50.0, dtype=F64)
+    true = ReluCost(normal(2, 4), 0.1 * normal(2), 0.3)
+    solve = lambda cost: relu_program(cost, c, B, b, H, h).u
+    return Experts(solve(true), c, B, b, H, h), solve(ReluCost(true.theta[:0], true.nu[:0], 0.3))

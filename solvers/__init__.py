@@ -24,12 +24,11 @@ from sim2real.solvers.flow_program import flow_program, rebalance_flows
 from sim2real.solvers.implicit import implicit_argmax, implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from sim2real.solvers.inverse_optimization import (
     Experts,
-    LowerLevelFit,
     action_error_bound,
     fit_lower_level,
     kink_rank,
 )
-from sim2real.solvers.inverse_scip import GlobalFit, fit_globally
+from sim2real.solvers.inverse_scip import fit_globally
 from sim2real.solvers.inversion import invert
 from sim2real.solvers.inversion_descent import invert_adam, invert_cem
 from sim2real.solvers.inversion_lqr import (
@@ -56,7 +55,7 @@ from sim2real.solvers.nystrom import NystromSketch, nystrom_cg, nystrom_sketch
 from sim2real.solvers.optimum import policy_optimum
 from sim2real.solvers.qp import QPSolution, qp
 from sim2real.solvers.relinearised import relinearised_gains
-from sim2real.solvers.relu_program import ReluCost, ReluSolution, relu_cost, relu_program, suboptimality
+from sim2real.solvers.relu_program import ReluCost, relu_cost, relu_program
 from sim2real.solvers.riccati import UnstableError, lyapunov, mean_square_radius, riccati, riccati_residual
 from sim2real.solvers.shipping_plan import PlanCosts, PlanStart, plan_shipments
 from sim2real.solvers.shipping_program import ShippingLimits, invert_shipments, ship, shipping_goals
@@ -73,11 +72,9 @@ __all__ = [
     "DerivativeError",
     "DerivativeWarning",
     "Experts",
-    "GlobalFit",
     "InfeasibleError",
     "Inversion",
     "LinearProgram",
-    "LowerLevelFit",
     "MPCPlan",
     "MPCReport",
     "Minimum",
@@ -89,7 +86,6 @@ __all__ = [
     "QPSolution",
     "QuadraticModel",
     "ReluCost",
-    "ReluSolution",
     "ShippingLimits",
     "SoftFollower",
     "SoftLQR",
@@ -169,7 +165,6 @@ __all__ = [
     "spectrum",
     "state_transition",
     "state_values",
-    "suboptimality",
     "target_shares",
     "theseus_solver",
     "transition_map",

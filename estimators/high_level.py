@@ -5,9 +5,9 @@ led where the log says the system went (`solvers.invert`, a closed form, or inde
 
     u_k = argmin_u |y_k - g(theta, rows_k, u)|^2,     r_k = sum_{t<T} discount^t r_{kT+t},     (s_k, u_k, r_k, s_{k+1})
 
-Neither who acted nor which inputs were given needs to be known. Segments whose u is a set (`saturated`), that did not
-converge, whose residual is large, whose u lies outside the bounds of the upper level, or that the log does not hold
-entirely are masked and counted by cause: nothing is filled in.
+Neither who acted nor which inputs were given needs to be known. Segments whose u is a set (`saturated`), whose residual
+is large (converged or not; a small one is an answer without the solver's flag), whose u lies outside the bounds of the
+upper level, or that the log does not hold entirely are masked and counted by cause: nothing is filled in.
 Reference: Schmidt et al., Offline hierarchical reinforcement learning via inverse optimization, 2024, algorithm 1.
 """
 

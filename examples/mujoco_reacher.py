@@ -1,7 +1,7 @@
 """An arm reaches for goals
 ========================
 
-A two-joint arm learns to bring its tip towards goals, through MuJoCo: the distance to new goals is halved.
+A two-joint arm learns to bring its tip towards goals, through MuJoCo: from 20 cm to 4 cm off new goals.
 
 Gymnasium's reacher is read from its own XML and becomes a differentiable model; the goal is part of its state. A net
 that sees joint angles, speeds and the goal is trained on the exact gradient of the mean distance over one second,
@@ -34,17 +34,19 @@ from sim2real.simulators.mujoco_system import body_poses, mujoco_system
 
 TIP, GOAL = 3, 4
 """bodies of the model"""
+LENGTHS = (0.1, 0.11)
+"""of the links, m"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = 100
-    episodes: int = 64
+    iterations: int = 250
+    episodes: int = 48
     """per iteration"""
     steps: int = 50
     """of 20 ms"""
     hidden: int = 64
-    rate: float = 3e-3
+    rate: float = 1e-2
     judged: int = 256
 
 
@@ -69,20 +71,22 @@ def reacher() -> tuple[ModelMDP, mujoco.MjModel]:
 
 
 class Features(nn.Module):
-    """What the network sees of a state: the angles on the circle, scaled speeds and goal."""
+    """What the network sees of a state: angles on the circle, scaled speeds, the goal, and the way from tip to goal."""
 
     def forward(self, s: Tensor) -> Tensor:
-        angles = s[..., :2]
-        return torch.cat([angles.cos(), angles.sin(), s[..., 4:6] / 5.0, 10.0 * s[..., 2:4]], -1)
+        angles, goal = s[..., :2], s[..., 2:4]
+        links = angles.cumsum(-1)  # directions from the x axis
+        tip = (torch.stack([links.cos(), links.sin()], -2) * s.new_tensor(LENGTHS)).sum(-1)
+        return torch.cat([angles.cos(), angles.sin(), s[..., 4:6] / 5.0, 10.0 * goal, 10.0 * (goal - tip)], -1)
 
 
 def network(hidden: int) -> nn.Module:
-    """Torques, at first nearly none."""
+    """Torques as shares of the largest, at first nearly none."""
     last = nn.Linear(hidden, 2)
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.zero_()
-    layers = (nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
+    layers = (nn.Linear(10, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last, nn.Tanh())
     return nn.Sequential(Features(), *layers).double()
 
 
@@ -135,7 +139,7 @@ def main(settings: Settings, seed: int, gif: str | None) -> Figure:
         noise = sample_noise(mdp, policy, settings.episodes, settings.steps, generator)
         estimate = pathwise_gradient(mdp, policy, {}, nu, noise)
         assign_grads(nu, estimate.grad)
-        nn.utils.clip_grad_norm_(nu.values(), 1.0)
+        nn.utils.clip_grad_norm_(nu.values(), 3.0)
         optimizer.step()
         schedule.step()
         returns.append(float(estimate.value))

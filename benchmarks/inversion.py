@@ -60,7 +60,7 @@ XML = """
       <body name="hand" pos="0.12 0 0">
         <geom type="capsule" fromto="0 0 0 0.1 0 0" size="0.01"/>
         <joint name="wrist" limited="true" range="-160 160"/>
-        <body name="finger" pos="0.12 0 0"><geom type="sphere" size="0.01"/></body>
+        <body name="finger" pos="0.12 0 0"><geom name="finger" type="sphere" size="0.01"/></body>
       </body>
     </body>
   </worldbody>

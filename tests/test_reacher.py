@@ -1,29 +1,11 @@
-"""The reacher against MuJoCo on the suite's geometry, written here from its stated numbers."""
+"""The reacher against MuJoCo on the suite's geometry, written from its stated numbers."""
 
 import mujoco
 import numpy as np
 import torch
 
+from benchmarks.inversion import XML
 from sim2real.simulators.reacher import WRIST_LIMIT, reacher, reacher_step, to_target, wrist_free
-
-XML = """
-<mujoco>
-  <option timestep="0.02"><flag contact="disable"/></option>
-  <default><joint type="hinge" axis="0 0 1" damping="0.01"/>
-    <motor gear="0.05" ctrlrange="-1 1" ctrllimited="true"/></default>
-  <worldbody>
-    <body name="arm" pos="0 0 0.01">
-      <geom type="capsule" fromto="0 0 0 0.12 0 0" size="0.01"/><joint name="shoulder"/>
-      <body name="hand" pos="0.12 0 0">
-        <geom type="capsule" fromto="0 0 0 0.1 0 0" size="0.01"/>
-        <joint name="wrist" limited="true" range="-160 160"/>
-        <body name="finger" pos="0.12 0 0"><geom name="finger" type="sphere" size="0.01"/></body>
-      </body>
-    </body>
-  </worldbody>
-  <actuator><motor joint="shoulder"/><motor joint="wrist"/></actuator>
-</mujoco>
-"""
 
 
 def _theta() -> dict[str, torch.Tensor]:

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -224,8 +223,7 @@ def _both(
     if change != "original":
         result["plain"] = returned(task, trained(log, log.goal, recipe, seed), gains, tests)
     else:
-        shift = goal - log.goal
-        result["recovered"] = float(mse_loss(shift.nan_to_num(), torch.zeros_like(shift)).sqrt())
+        result["recovered"] = float((goal - log.goal).nan_to_num().square().mean().sqrt())
     return result
 
 

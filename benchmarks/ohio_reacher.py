@@ -131,15 +131,6 @@ def features(signals: Tensor) -> Tensor:
     return torch.cat([wrist.sin(), wrist.cos(), way, 0.2 * signals[..., 4:6]], -1).float()
 
 
-def wandering(steps: Tensor, correlation: float = 0.9) -> Tensor:
-    """White noise `[B, T, k]` made an autoregressive process of unit variance."""
-    value, values = steps[:, 0], [steps[:, 0]]
-    for t in range(1, steps.shape[1]):
-        value = correlation * value + math.sqrt(1 - correlation**2) * steps[:, t]
-        values.append(value)
-    return torch.stack(values, 1)
-
-
 def transitions(log: RolloutLog, scale: Tensor, *, observed: bool = False) -> Transitions:
     """Goals relative to the arm's state, in units of `scale [4]`; observed: the state reached instead of the goal."""
     s, u, r, after = high_level_transitions(log)

@@ -193,14 +193,6 @@ def routing_logs(scenario: RoutingScenario, decide: Decide, transitions: int, se
     return RoutingLog(*(torch.cat(column)[:transitions] for column in zip(*parts, strict=True)))
 
 
-def routing_returns(
-    scenario: RoutingScenario, policy: Callable[[Tensor], Tensor], episodes: int, seed: int, *, lossy: bool = False
-) -> Tensor:
-    """Returns `[episodes]` of features `[B, n, 13]` -> shares `[B, n]` over the lower level."""
-    requests = draw_requests(scenario, episodes, torch.Generator().manual_seed(seed))
-    return routing_rollout(scenario, requests, observed(scenario, policy), lossy=lossy).returns
-
-
 def perfect_foresight(scenario: RoutingScenario, requests: Tensor) -> float:
     """The largest return of one episode `[steps, n, n]` when all requests are known and none need be served."""
     T, n = requests.shape[:2]

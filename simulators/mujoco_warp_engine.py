@@ -40,15 +40,13 @@ _ROWS = (64, 64)
 _STATES = ("qpos", "qvel", "act", "ctrl", "qfrc_applied")
 
 
-def warp_acceleration(
-    structure: Structure, names: tuple[str, ...], kind: Kind, *, device: str | None = None
-) -> Accelerate:
+def warp_acceleration(structure: Structure, names: tuple[str, ...], kind: Kind) -> Accelerate:
     """The function from states, controls and the fields `names` to accelerations, as `mujoco_forward.accelerate`.
 
-    device: of Warp, for example "cuda:0"; None: the first GPU, else the processor. Raises `ModuleNotFoundError` without
-    mujoco_warp, `SimulationDivergedError` where an acceleration is not finite.
+    Runs on Warp's default device: the first GPU, else the processor. Raises `ModuleNotFoundError` without mujoco_warp,
+    `SimulationDivergedError` where an acceleration is not finite.
     """
-    engine = _engine(structure.model, names, device)
+    engine = _engine(structure.model, names)
     nominal = nominal_fields(structure)
 
     def value(
@@ -101,16 +99,14 @@ def _advancing(
     return torch.linalg.solve(operator, mass @ a[..., None])[..., 0]  # a value: nothing differentiates it
 
 
-def _engine(
-    model: mujoco.MjModel, names: tuple[str, ...], device: str | None
-) -> Callable[[list[Tensor], Mapping[str, Tensor]], Tensor]:
+def _engine(model: mujoco.MjModel, names: tuple[str, ...]) -> Callable[[list[Tensor], Mapping[str, Tensor]], Tensor]:
     """States and fields -> acceleration of the engine, in float64 again but of the accuracy of float32."""
     if find_spec("mujoco_warp") is None:
         raise ModuleNotFoundError("engine='mujoco_warp' needs the package mujoco-warp; install sim2real[mujoco-warp]")
     import mujoco_warp
     import warp as wp
 
-    place = wp.get_device(device)  # None: a GPU where there is one
+    place = wp.get_device()
     with wp.ScopedDevice(place):
         port = mujoco_warp.put_model(_accepted(model))
         port.opt.warn_overflow = 0  # read from its data instead of printed

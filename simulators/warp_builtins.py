@@ -195,10 +195,6 @@ def _lerp(a: Value, b: Value, t: Real) -> Value:
     return add(multiply(a, 1.0 - t), multiply(b, t))
 
 
-def _identity(size: int) -> Matrix:
-    return Matrix(tuple(tuple(float(i == j) for j in range(size)) for i in range(size)))
-
-
 def _diagonal(a: Vector) -> Matrix:
     return Matrix(tuple(tuple(x if i == j else 0.0 for j in range(len(a.items))) for i, x in enumerate(a.items)))
 

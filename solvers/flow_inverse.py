@@ -54,11 +54,6 @@ def recover_target(idle: Tensor, flows: Tensor) -> Tensor:
     return idle - flows.sum(-1) + flows.sum(-2)
 
 
-def recover_target_from_edges(idle: Tensor, edges: Tensor, flows: Tensor) -> Tensor:
-    """The same for flows `[B, E]` on the edges `[2, E]`."""
-    return idle.index_add(1, edges[1], flows).index_add(1, edges[0], -flows)
-
-
 def target_shares(target: Tensor) -> Tensor:
     """`u = t / sum t` `[B, n]`; uniform where there is nothing to share."""
     total = target.sum(-1, keepdim=True)

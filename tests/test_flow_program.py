@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from sim2real.solvers import InfeasibleError, flow_program, integer_target, invert_flows, rebalance_flows, target_shares
-from sim2real.solvers.flow_inverse import recover_target, recover_target_from_edges
+from sim2real.solvers.flow_inverse import recover_target
 from sim2real.solvers.linear_program import LinearProgram, invert_right_hand_side
 
 
@@ -159,12 +159,6 @@ def test_wasteful_flows_are_named_with_what_they_waste() -> None:
     assert other.optimal.tolist() == found.optimal.tolist()
     torch.testing.assert_close(other.saving, found.saving, rtol=0, atol=1e-7)
     torch.testing.assert_close(idle + other.value[:, :n], found.target)
-
-
-def test_targets_from_a_list_of_edges() -> None:
-    edges = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 2]])
-    idle, flows = torch.tensor([[5.0, 3, 1]]), torch.tensor([[2.0, 1, 1, 3]])
-    assert recover_target_from_edges(idle, edges, flows).tolist() == [[1.0, 4.0, 4.0]]
 
 
 def test_truncation_loses_what_largest_remainders_keep() -> None:

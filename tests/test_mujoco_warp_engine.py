@@ -47,7 +47,7 @@ def _states(tables: Structure, count: int = 12) -> tuple[State, dict[str, Tensor
     return state, fields
 
 
-def _rounded_engine(model: mujoco.MjModel, names: tuple[str, ...], device: str | None) -> Callable[..., Tensor]:
+def _rounded_engine(model: mujoco.MjModel, names: tuple[str, ...]) -> Callable[..., Tensor]:
     """Stands for mujoco_warp: the C engine's acceleration with an error as of float32."""
     exact = accelerate(model, names, "explicit")
 
@@ -116,7 +116,7 @@ def test_mujoco_warp_agrees_with_the_c_engine(name: str, monkeypatch: pytest.Mon
     kind = integration(tables.model)[1]
     state, fields = _states(tables)
     w, a, _ = accelerate(tables.model, NAMES, kind)(state, fields)
-    raw = mujoco_warp_engine._engine(tables.model, NAMES, None)(list(state), fields)
+    raw = mujoco_warp_engine._engine(tables.model, NAMES)(list(state), fields)
     error = (raw - a).abs().amax(-1) / a.abs().amax(-1)
     assert error.median() <= 1e-4
     assert error.max() <= 1e-2
